@@ -1,0 +1,1 @@
+"""Floor 1: the configuration schema and how it is loaded."""

@@ -1,0 +1,1 @@
+"""Floor 4: checkpoint + base → what Ollama serves."""

@@ -1,0 +1,1 @@
+"""Floor 2: Ollama's names, store, Modelfile and HTTP API."""

@@ -1,0 +1,1 @@
+"""Floor 4: the training loop and what it needs."""
