@@ -1,1 +1,1 @@
-"""Floor 2: Ollama's names, store, Modelfile and HTTP API."""
+"""Floor 2: talking with Ollama: names, the store on disk, Modelfiles, the HTTP client, publishing."""
