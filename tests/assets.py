@@ -45,6 +45,7 @@ HF_TOKENIZERS = {
     "llama2": "ucgag7ccwcMaleod11ZSxW3lJR9VjhwthGhl3YwW+5kvSU2GellEdgu790C+3Su5nvyWXfpzE0pZtW2gRNL7Ww==",
 }  # fmt: skip
 
+_GOLDEN_SEPARATOR = "\n__ggml_vocab_test__\n"
 _TIMEOUT_SECONDS = 900
 _failures: dict[str, str] = {}
 
@@ -67,7 +68,7 @@ def vocab_golden(name: str) -> list[tuple[str, list[int]]]:
     """llama.cpp's golden tokenisations of `ggml_vocab(name)`: text and ids, no BOS, special tokens not parsed."""
     texts = _existing(_llama_cpp_models() / f"ggml-vocab-{name}.gguf.inp").read_bytes().decode()
     lines = _existing(_llama_cpp_models() / f"ggml-vocab-{name}.gguf.out").read_text().splitlines()
-    inputs = texts.split("\n__ggml_vocab_test__\n")
+    inputs = texts.removesuffix(_GOLDEN_SEPARATOR).split(_GOLDEN_SEPARATOR)
     assert len(inputs) == len(lines), f"{name}: {len(inputs)} texts, {len(lines)} tokenisations"
     return [
         (text, [int(i) for i in line.split()]) for text, line in zip(inputs, lines, strict=True)
