@@ -165,7 +165,8 @@ class HeaderCursor:
             element_type = self._take_value_type(key)
             num_elements = self.take(_U64, key)
         value_start = self.position
-        self._skip_elements(key, element_type or value_type, num_elements)
+        stored_type = value_type if element_type is None else element_type
+        self._skip_elements(key, stored_type, num_elements)
         return Record(start, value_start, self.position, value_type, element_type, num_elements)
 
     def _skip_elements(self, key: str, element_type: ValueType, num_elements: int) -> None:

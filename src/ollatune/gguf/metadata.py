@@ -106,12 +106,11 @@ class Metadata(Mapping[str, MetadataValue]):
         position = 0
         try:
             for _ in range(record.num_elements):
-                (length,) = unpack(raw, position)
-                position += 8
-                append(raw[position : position + length].decode("utf-8"))
-                position += length
+                start = position + 8
+                position = start + unpack(raw, position)[0]
+                append(raw[start:position].decode())
         except UnicodeDecodeError:
-            raise self._not_utf8(f"{key}[{len(texts)}]", record.value_start + position) from None
+            raise self._not_utf8(f"{key}[{len(texts)}]", record.value_start + start) from None
         return texts
 
     def _not_utf8(self, field: str, offset: int) -> GGUFError:

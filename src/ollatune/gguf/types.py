@@ -86,6 +86,7 @@ class GGMLType(IntEnum):
     MXFP4 = 39
     NVFP4 = 40
     Q1_0 = 41
+    Q2_0 = 42
 
     @property
     def block_size(self) -> int:
@@ -163,6 +164,7 @@ _BLOCKS: dict[GGMLType, tuple[int, int]] = {
     GGMLType.MXFP4: (32, 17),
     GGMLType.NVFP4: (64, 36),
     GGMLType.Q1_0: (128, 18),
+    GGMLType.Q2_0: (64, 18),
 }
 
 _BY_FOLDED_NAME = {member.name.casefold(): member for member in GGMLType}
