@@ -1,0 +1,169 @@
+"""Block codecs: GGUF tensor bytes to weights and back, vectorised in torch, on CPU and CUDA.
+
+`dequantize` is bit-identical to `gguf.quants.dequantize` for every type of `DECODABLE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ollatune.base.errors import InputError
+from ollatune.gguf.codecs import k_decode, legacy_decode, legacy_encode
+from ollatune.gguf.codecs.floats import FLOAT_DTYPES, encode_float
+from ollatune.gguf.types import GGMLType
+
+_DECODERS: dict[GGMLType, Callable[[Tensor, Tensor], None]] = {
+    GGMLType.Q8_0: legacy_decode.decode_q8_0,
+    GGMLType.Q4_0: legacy_decode.decode_q4_0,
+    GGMLType.Q4_1: legacy_decode.decode_q4_1,
+    GGMLType.Q5_0: legacy_decode.decode_q5_0,
+    GGMLType.Q5_1: legacy_decode.decode_q5_1,
+    GGMLType.IQ4_NL: legacy_decode.decode_iq4_nl,
+    GGMLType.Q2_K: k_decode.decode_q2_k,
+    GGMLType.Q3_K: k_decode.decode_q3_k,
+    GGMLType.Q4_K: k_decode.decode_q4_k,
+    GGMLType.Q5_K: k_decode.decode_q5_k,
+    GGMLType.Q6_K: k_decode.decode_q6_k,
+    GGMLType.IQ4_XS: k_decode.decode_iq4_xs,
+}
+
+_ENCODERS: dict[GGMLType, Callable[[Tensor], Tensor]] = {
+    GGMLType.Q8_0: legacy_encode.encode_q8_0,
+    GGMLType.Q4_0: legacy_encode.encode_q4_0,
+    GGMLType.Q4_1: legacy_encode.encode_q4_1,
+    GGMLType.Q5_0: legacy_encode.encode_q5_0,
+    GGMLType.Q5_1: legacy_encode.encode_q5_1,
+}
+
+DECODABLE = frozenset(_DECODERS) | frozenset(FLOAT_DTYPES)
+ENCODABLE = frozenset(_ENCODERS) | frozenset(FLOAT_DTYPES)
+
+# Types for rows that are no whole number of blocks, as llama.cpp falls back.
+FALLBACK_TYPES: dict[GGMLType, GGMLType] = {
+    GGMLType.Q2_K: GGMLType.Q4_0,
+    GGMLType.Q3_K: GGMLType.Q4_0,
+    GGMLType.IQ4_XS: GGMLType.IQ4_NL,
+    GGMLType.Q4_K: GGMLType.Q5_0,
+    GGMLType.Q5_K: GGMLType.Q5_1,
+    GGMLType.Q6_K: GGMLType.Q8_0,
+}
+
+# Weights a pass works on, per thread: its float32 and the bytes behind it stay in a core's cache.
+_CPU_CHUNK_WEIGHTS = 1 << 16
+# A GPU wants few large kernels; the bound keeps the temporaries small beside a model.
+_CUDA_CHUNK_WEIGHTS = 1 << 25
+
+
+def _chunk_blocks(type: GGMLType, device: torch.device) -> int:
+    if device.type == "cpu":
+        return _CPU_CHUNK_WEIGHTS * torch.get_num_threads() // type.block_size
+    return _CUDA_CHUNK_WEIGHTS // type.block_size
+
+
+def check_columns(num_columns: int, type: GGMLType) -> None:
+    """Raises InputError, which names the fall-back type, where rows of `num_columns` are no whole number of blocks."""
+    if num_columns % type.block_size == 0:
+        return
+    fallback = FALLBACK_TYPES.get(type, GGMLType.F16)
+    if num_columns % fallback.block_size:
+        fallback = GGMLType.F16
+    raise InputError(
+        f"Rows of {num_columns} weights cannot be stored as {type.name}: "
+        f"its blocks hold {type.block_size} weights.",
+        hint=f"Use {fallback.name} for this tensor.",
+    )
+
+
+def dequantize(
+    blocks_u8: Tensor,
+    type: GGMLType,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Weights [..., columns] of the blocks [..., row_bytes], on their device.
+
+    The float32 weights are those of ggml; another `dtype` holds them rounded to nearest even.
+    `out`, a contiguous tensor of the result's shape, is filled and returned in place of a new one; it sets the dtype.
+
+    Raises:
+        InputError: no decoder for `type`, or the last dimension is no whole number of blocks.
+    """
+    if type not in DECODABLE:
+        raise InputError(
+            f"Tensors of type {type.name} cannot be decoded.",
+            hint=f"Known: {', '.join(sorted(known.name for known in DECODABLE))}.",
+        )
+    num_blocks, rest = divmod(blocks_u8.shape[-1], type.block_bytes)
+    if rest or blocks_u8.dtype != torch.uint8:
+        raise InputError(
+            f"Rows of {blocks_u8.shape[-1]} elements of {blocks_u8.dtype} are no {type.name} blocks: "
+            f"expected uint8 and a multiple of {type.block_bytes} bytes."
+        )
+    shape = (*blocks_u8.shape[:-1], num_blocks * type.block_size)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=blocks_u8.device)
+    blocks_NB = _aligned(blocks_u8).view(-1, type.block_bytes)
+    if type in FLOAT_DTYPES:
+        out.view(-1).copy_(blocks_NB.view(FLOAT_DTYPES[type]).view(-1))
+        return out
+    _decode_chunks(blocks_NB, type, out.view(-1, type.block_size))
+    return out
+
+
+def _aligned(blocks_u8: Tensor) -> Tensor:
+    """The same bytes, contiguous, and beginning where any number may begin."""
+    blocks_u8 = blocks_u8.contiguous()
+    # Views as wider numbers need a multiple of their size as offset; tensors of a file have 32.
+    return blocks_u8 if blocks_u8.storage_offset() % 8 == 0 else blocks_u8.clone()
+
+
+def _decode_chunks(blocks_NB: Tensor, type: GGMLType, out_NW: Tensor) -> None:
+    decode = _DECODERS[type]
+    chunk = _chunk_blocks(type, blocks_NB.device)
+    scratch_NW: Tensor | None = None
+    if out_NW.dtype != torch.float32:
+        num_rows = min(chunk, out_NW.shape[0])
+        scratch_NW = torch.empty(
+            num_rows, type.block_size, dtype=torch.float32, device=out_NW.device
+        )
+    for start in range(0, blocks_NB.shape[0], chunk):
+        part_NB = blocks_NB[start : start + chunk]
+        part_NW = out_NW[start : start + chunk]
+        if scratch_NW is None:
+            decode(part_NB, part_NW)
+        else:
+            decode(part_NB, scratch_NW[: part_NB.shape[0]])
+            part_NW.copy_(scratch_NW[: part_NB.shape[0]])
+
+
+@torch.no_grad()
+def quantize(weights: Tensor, type: GGMLType) -> Tensor:
+    """uint8 blocks [..., row_bytes] of the weights [..., columns], on their device.
+
+    Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 are bit-identical to ggml.
+
+    Raises:
+        InputError: no encoder for `type`, columns that are no whole number of blocks (the fall-back type is named),
+            or weights that are not finite or beyond the range of the type.
+    """
+    if type not in ENCODABLE:
+        raise InputError(
+            f"Weights cannot be stored as {type.name}.",
+            hint=f"Known: {', '.join(sorted(known.name for known in ENCODABLE))}.",
+        )
+    if type in FLOAT_DTYPES:
+        return encode_float(weights, FLOAT_DTYPES[type])
+    check_columns(weights.shape[-1], type)
+    weights_NW = weights.contiguous().view(-1, type.block_size)
+    blocks_NB = torch.empty(
+        weights_NW.shape[0], type.block_bytes, dtype=torch.uint8, device=weights.device
+    )
+    chunk = _chunk_blocks(type, weights.device)
+    for start in range(0, weights_NW.shape[0], chunk):
+        part_NW = weights_NW[start : start + chunk].to(torch.float32)
+        blocks_NB[start : start + chunk] = _ENCODERS[type](part_NW)
+    return blocks_NB.view(*weights.shape[:-1], -1)
