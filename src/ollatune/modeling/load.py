@@ -1,0 +1,214 @@
+"""Build the Transformers model of a GGUF file: on the meta device first, then filled tensor by tensor.
+
+Peak memory is the finished model and one piece of one tensor; the file is read, not mapped, so its pages do not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ollatune.base.errors import GGUFError, InputError
+from ollatune.base.log import get_logger
+from ollatune.gguf.codecs import dequantize
+from ollatune.gguf.reader import GGUFFile, TensorInfo
+from ollatune.modeling.architectures import Architecture, TensorRule, architecture_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Mode = Literal["dense", "packed"]
+
+_PIECE_WEIGHTS = 16 << 20
+"""Weights decoded at once: 64 MiB as float32."""
+
+
+class TensorSource:
+    """Reads the tensors of an open GGUF file, as stored or decoded."""
+
+    def __init__(self, gguf: GGUFFile, stream: IO[bytes]) -> None:
+        self.gguf = gguf
+        self._stream = stream
+
+    def blocks(self, name: str) -> Tensor:
+        """The stored bytes of a tensor, uint8 [rows, row_bytes]; the experts of a stack above each other."""
+        info = self.gguf.tensors[name]
+        blocks = torch.empty(info.size_bytes, dtype=torch.uint8)
+        self._stream.seek(info.offset)
+        if self._stream.readinto(memoryview(blocks.numpy())) != info.size_bytes:  # type: ignore[attr-defined]
+            raise GGUFError(
+                self.gguf.path,
+                info.offset,
+                name,
+                f"{info.size_bytes} bytes were expected, the file has become shorter",
+                hint="Fetch the model again.",
+            )
+        return blocks.view(-1, info.type.row_bytes(info.shape[-1]))
+
+    def values(self, name: str) -> Tensor:
+        """A small tensor decoded to float32, in its own shape."""
+        info = self.gguf.tensors[name]
+        return dequantize(self.blocks(name), info.type).view(info.shape)
+
+
+@contextmanager
+def tensor_source(gguf: GGUFFile) -> Iterator[TensorSource]:
+    """Open the file behind `gguf` for reading its tensors. Raises GGUFError where it cannot be read."""
+    try:
+        stream = gguf.path.open("rb", buffering=0)
+    except OSError as error:
+        raise GGUFError(gguf.path, None, "file", f"cannot be read: {error.strerror}") from error
+    with stream:
+        yield TensorSource(gguf, stream)
+
+
+def load_base_model(
+    gguf: GGUFFile,
+    *,
+    mode: Mode = "dense",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    serving_context: int | None = None,
+) -> PreTrainedModel:
+    """The model in `gguf` as a Transformers model, all of it frozen, in evaluation mode.
+
+    `mode` dense: every weight decoded to `dtype`. Packed: linear layers keep the file's blocks and decode them as they
+    compute; embeddings that are not packed, norms and biases have `dtype`. `serving_context`: the context length in
+    tokens it will be served with, for models that compute differently beyond the one they were trained on (Phi-3).
+    Raises InputError for an architecture or shape that cannot be trained here.
+    """
+    architecture = architecture_of(gguf.metadata, gguf.tensors)
+    rules = architecture.present_rules()
+    with tensor_source(gguf) as source, torch.no_grad():
+        config = build_config(architecture, source, dtype, serving_context)
+        model = _build_empty(architecture, config)
+        _drop_absent_biases(model, architecture, gguf)
+        _fill_buffers(model)
+        architecture.prepare_rotary(model, source.values)
+        filled: set[str] = set()
+        if mode == "packed":
+            from ollatune.modeling.packing import pack_model
+
+            filled = pack_model(model, rules, source, dtype=dtype, device=device)
+        _fill_parameters(
+            model, [rule for rule in rules if rule.gguf_name not in filled], source, dtype, device
+        )
+        _tie_head(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise InputError(
+                f"The file gave no values for {name} of the {architecture.name} model."
+            )
+    model.to(device)
+    model.requires_grad_(False)
+    get_logger("modeling").debug("Loaded %s as %s, %s.", gguf.path, type(model).__name__, mode)
+    return model.eval()
+
+
+def build_config(
+    architecture: Architecture,
+    source: TensorSource,
+    dtype: torch.dtype,
+    serving_context: int | None = None,
+) -> PretrainedConfig:
+    """The Transformers configuration of a file. Raises InputError where Transformers refuses its sizes."""
+    try:
+        config = architecture.config(source.values, serving_context=serving_context)
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # strict configurations raise their own classes, which are not public
+        raise InputError(
+            f"Transformers refuses the sizes of this {architecture.name} model: {error}",
+            hint="Models of this shape cannot be trained here.",
+        ) from error
+    config.architectures = [architecture.model_class().__name__]
+    config.dtype = dtype
+    config._attn_implementation = architecture.attention_implementation
+    return config
+
+
+def _build_empty(architecture: Architecture, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with every parameter and buffer on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return architecture.model_class()(config)
+
+
+def _drop_absent_biases(model: PreTrainedModel, architecture: Architecture, gguf: GGUFFile) -> None:
+    """Transformers has one switch for all attention biases; a file may have those of query, key and value alone."""
+    for rule in architecture.tensor_map():
+        if rule.is_optional and rule.gguf_name not in gguf.tensors:
+            model.get_submodule(rule.hf_module).register_parameter("bias", None)
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Give the meta buffers their values: they are computed from the configuration and not stored in any file."""
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if not names:
+            continue
+        if "RotaryEmbedding" in type(module).__name__:
+            module._buffers.update(type(module)(model.config)._buffers)  # type: ignore[call-arg]
+        elif names == ["embed_scale"]:
+            module._buffers["embed_scale"] = torch.tensor(math.sqrt(model.config.hidden_size))
+        else:
+            raise NotImplementedError(f"Buffers {names} of {type(module).__name__} are not known.")
+
+
+def _fill_parameters(
+    model: PreTrainedModel,
+    rules: list[TensorRule],
+    source: TensorSource,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> None:
+    """Decode each tensor into its parameter, which is allocated when its first tensor comes."""
+    for rule in rules:
+        module = model.get_submodule(rule.hf_module)
+        attribute = rule.hf_name.rpartition(".")[2]
+        parameter: Any = getattr(module, attribute)
+        info = source.gguf.tensors[rule.gguf_name]
+        expected = tuple(rule.transform.part(parameter).shape)
+        if expected != info.shape:
+            raise InputError(
+                f"Tensor `{rule.gguf_name}` has shape {info.shape}; {expected} was expected for {rule.hf_name}.",
+                hint="The file's metadata does not belong to its tensors; fetch the model again.",
+            )
+        if parameter.is_meta:
+            values = torch.empty(parameter.shape, dtype=dtype, device=device)
+            parameter = nn.Parameter(values, requires_grad=False)
+            setattr(module, attribute, parameter)
+        decode_into(rule.transform.part(parameter.data), source.blocks(rule.gguf_name), info, rule)
+
+
+def decode_into(target: Tensor, blocks: Tensor, info: TensorInfo, rule: TensorRule) -> None:
+    """Decode `blocks` [rows, row_bytes] into `target`, in Transformers' row order, a piece at a time."""
+    num_stacked = math.prod(info.shape[:-2])  # 1, or the experts of a stack
+    columns = info.shape[-1]
+    rows = target.shape[-2] if target.dim() > 1 else 1
+    piece_rows = max(1, _PIECE_WEIGHTS // columns)
+    if target.dim() == 1:
+        target.copy_(rule.transform.gguf_to_hf(dequantize(blocks, info.type).view(-1)))
+        return
+    order = rule.transform.hf_order(rows)
+    for stacked in range(num_stacked):
+        stack_blocks = blocks[stacked * rows : (stacked + 1) * rows]
+        stack_target = target[stacked] if target.dim() == 3 else target
+        for start in range(0, rows, piece_rows):
+            piece = slice(start, start + piece_rows)
+            stored = stack_blocks[piece] if order is None else stack_blocks[order[piece]]
+            stack_target[piece] = dequantize(stored, info.type)
+
+
+def _tie_head(model: PreTrainedModel) -> None:
+    """Let the output layer be the token embedding again where the file has no output tensor of its own."""
+    if model.config.tie_word_embeddings and isinstance(
+        head := model.get_submodule("lm_head"), nn.Linear
+    ):
+        head.weight = model.get_submodule("model.embed_tokens").weight
