@@ -151,7 +151,7 @@ def test_ten_thousand_random_names_get_the_verdict_of_the_rules() -> None:
             found = None
         assert found == expected, text
         num_valid += found is not None
-    assert num_valid > 1000
+    assert num_valid > 500
 
 
 def test_every_form_reads_back_as_the_same_name() -> None:

@@ -54,8 +54,9 @@ def read_objects(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def _parse(path: Path, content: bytes | None) -> Any:
+    content = read_small(path) if content is None else content
     try:
-        return json.loads(read_small(path) if content is None else content)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"not JSON ({printable(str(error), limit=80)})") from error
 
