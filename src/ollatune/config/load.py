@@ -119,14 +119,15 @@ def _mapping(node: yaml.MappingNode, path: Path_, parsed: ParsedYaml) -> dict[st
         key = key_node.value
         if not isinstance(key, str):
             raise UsageError(f"{parsed.source}:{line}: a key must be a word.")
+        here = (*path, key)
         if key in result:
-            first = parsed.lines[(*path, key)]
+            first = parsed.lines[here]
             raise UsageError(
                 f"{parsed.source}:{line}: `{key}` was already set in line {first}.",
                 hint="Keep one of them.",
             )
-        parsed.lines[(*path, key)] = line
-        result[key] = _value(value_node, (*path, key), parsed)
+        parsed.lines[here] = line
+        result[key] = _value(value_node, here, parsed)
     return result
 
 
@@ -136,8 +137,9 @@ def _value(node: yaml.Node, path: Path_, parsed: ParsedYaml) -> Any:
     if isinstance(node, yaml.SequenceNode):
         items = []
         for index, item in enumerate(node.value):
-            parsed.lines[(*path, index)] = item.start_mark.line + 1
-            items.append(_value(item, (*path, index), parsed))
+            here = (*path, index)
+            parsed.lines[here] = item.start_mark.line + 1
+            items.append(_value(item, here, parsed))
         return items
     return _scalar(node, parsed.source)
 

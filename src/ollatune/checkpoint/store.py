@@ -1,0 +1,215 @@
+"""The checkpoint folder: atomic saves, an index with digests, rotation that never removes the last good one.
+
+Order of one save: checkpoint staged → fsync → rename → index staged → fsync → rename → superseded files removed.
+A kill at any instant leaves the earlier checkpoints, and the index true or one entry behind. A file that the index
+does not know yet is taken when it is whole: its name only ever appears by the rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ollatune.base.errors import InputError, UsageError
+from ollatune.base.files import clean_staging, make_folder, write_bytes, write_json
+from ollatune.base.log import get_logger
+from ollatune.checkpoint.format import (
+    Checkpoint,
+    parse_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+INDEX_NAME = "index.json"
+_NAME = re.compile(r"(epoch|step)_(\d+)\.pt")
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One checkpoint as the index knows it."""
+
+    file: str
+    sha256: str
+    size_bytes: int
+    step: int
+    epoch: int
+    val_loss: float | None
+    is_finite: bool
+    run_id: str
+    timestamp: str
+
+
+class CheckpointStore:
+    """The checkpoints of one run in `folder`.
+
+    Args:
+        keep_best: how many are kept by validation loss; the last and the last finite one stay besides.
+        run_id: owner; checkpoints of another run in the same folder are never touched and refuse a new run.
+    """
+
+    def __init__(self, folder: Path, *, keep_best: int, run_id: str) -> None:
+        self.folder = folder
+        self.keep_best = keep_best
+        self.run_id = run_id
+        self.entries = _read_index(folder)
+
+    def refuse_other_run(self) -> None:
+        """Raise UsageError when the folder holds checkpoints of another run."""
+        others = [path.name for path in _checkpoint_files(self.folder)]
+        known = {entry.file for entry in self.entries if entry.run_id == self.run_id}
+        foreign = [name for name in others if name not in known]
+        if foreign:
+            raise UsageError(
+                f"{self.folder} holds checkpoints of another run ({', '.join(sorted(foreign)[:3])}).",
+                hint=(
+                    "Continue it with --resume auto, choose another folder with --output, "
+                    "or start anew with --overwrite."
+                ),
+            )
+
+    def save(self, checkpoint: Checkpoint, name: str) -> Path:
+        """Write `checkpoint` as `name` (`epoch_2.pt`), update the index, then rotate. Raises StorageError."""
+        make_folder(self.folder)
+        buffer = io.BytesIO()
+        write_checkpoint(checkpoint, buffer)
+        content = buffer.getvalue()
+        path = self.folder / name
+        write_bytes(path, content)
+        entry = IndexEntry(
+            file=name,
+            sha256=hashlib.sha256(content).hexdigest(),
+            size_bytes=len(content),
+            step=checkpoint.step,
+            epoch=checkpoint.epoch,
+            val_loss=checkpoint.val_loss,
+            is_finite=checkpoint.is_finite(),
+            run_id=self.run_id,
+            timestamp=checkpoint.timestamp,
+        )
+        self.entries = [e for e in self.entries if e.file != name] + [entry]
+        self._write_index()
+        self._rotate()
+        return path
+
+    def _write_index(self) -> None:
+        entries = sorted(self.entries, key=lambda e: (e.step, e.file))
+        write_json(self.folder / INDEX_NAME, {"checkpoints": [asdict(e) for e in entries]})
+
+    def kept(self) -> set[str]:
+        """Names that rotation leaves: the best N, the last, the last finite."""
+        ordered = sorted(self.entries, key=lambda e: (e.step, e.file))
+        keep = {e.file for e in ordered[-1:]}
+        keep |= {e.file for e in [e for e in ordered if e.is_finite][-1:]}
+        scored = [e for e in ordered if e.val_loss is not None and math.isfinite(e.val_loss)]
+        scored.sort(key=lambda e: (e.val_loss, e.step))
+        keep |= {e.file for e in scored[: self.keep_best]}
+        if not scored:
+            keep |= {e.file for e in ordered[-self.keep_best :]}
+        return keep
+
+    def _rotate(self) -> None:
+        keep = self.kept()
+        superseded = [e for e in self.entries if e.file not in keep]
+        if not superseded:
+            return
+        self.entries = [e for e in self.entries if e.file in keep]
+        self._write_index()
+        for entry in superseded:
+            with contextlib.suppress(OSError):
+                (self.folder / entry.file).unlink()
+
+    def clear(self) -> None:
+        """Remove every checkpoint and the index (the user asked for --overwrite)."""
+        (self.folder / INDEX_NAME).unlink(missing_ok=True)
+        for path in _checkpoint_files(self.folder):
+            path.unlink()
+        self.entries = []
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def _read_index(folder: Path) -> list[IndexEntry]:
+    try:
+        content = json.loads((folder / INDEX_NAME).read_bytes())
+        return [IndexEntry(**entry) for entry in content["checkpoints"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError):
+        get_logger("checkpoint").warning(
+            "%s is damaged; the checkpoints beside it are checked one by one.", folder / INDEX_NAME
+        )
+        return []
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Load one checkpoint, compared with the digest in the index beside it. Raises InputError."""
+    known = {entry.file: entry for entry in _read_index(path.parent)}
+    entry = known.get(path.name)
+    if entry is None:
+        return read_checkpoint(path)
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return read_checkpoint(path)  # raises with the right message
+    found = hashlib.sha256(content).hexdigest()
+    if found != entry.sha256 and not _is_newer_whole(content, path, entry):
+        raise InputError(
+            f"{path} is damaged: its sha256 begins {found[:12]}, the index says {entry.sha256[:12]}.",
+            hint="Use an earlier checkpoint, or --resume auto.",
+        )
+    return parse_checkpoint(content, str(path))
+
+
+def _is_newer_whole(content: bytes, path: Path, entry: IndexEntry) -> bool:
+    """A kill between the two renames of a re-save leaves a whole file that is newer than the index."""
+    try:
+        checkpoint = parse_checkpoint(content, str(path))
+    except InputError:
+        return False
+    return checkpoint.timestamp > entry.timestamp
+
+
+def newest_checkpoint(
+    folder: Path, *, report: Callable[[str], None] | None = None
+) -> tuple[Path, Checkpoint]:
+    """The newest checkpoint in `folder` that is whole; damaged ones are set aside and reported.
+
+    Raises InputError when there is none.
+    """
+    report = report or get_logger("checkpoint").warning
+    clean_staging(folder) if folder.is_dir() else None
+    by_name = {entry.file: entry for entry in _read_index(folder)}
+
+    def recency(path: Path) -> tuple[int, int, str]:
+        entry = by_name.get(path.name)
+        matched = _NAME.fullmatch(path.name)
+        assert matched is not None
+        # A file the index does not know yet was renamed after the index was written: it is the newest.
+        return (1 if entry is None else 0, entry.step if entry else int(matched[2]), path.name)
+
+    damaged = []
+    for path in sorted(_checkpoint_files(folder), key=recency, reverse=True):
+        try:
+            checkpoint = load_checkpoint(path)
+        except InputError as error:
+            damaged.append(path)
+            report(f"{error.message} It is set aside; trying the one before.")
+            continue
+        for bad in damaged:
+            bad.replace(bad.with_name(f"corrupt-{bad.name}"))
+        return path, checkpoint
+    raise InputError(
+        f"There is no whole checkpoint in {folder}.",
+        hint="Start the run without --resume.",
+    )

@@ -1,0 +1,197 @@
+"""A run's output folder: who owns it, what is in it, what the run has said.
+
+config.yaml, run.json, metrics.jsonl, samples.jsonl, best_model.pt, adapter_model.safetensors + adapter_config.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ollatune.base.errors import LockedError, UsageError
+from ollatune.base.files import clean_staging, make_folder, storage_error, write_json, write_text
+from ollatune.base.log import get_logger
+
+LOCK_NAME = ".run.lock"
+
+
+def utc_now() -> str:
+    """ISO 8601 in UTC with microseconds: sorts as text."""
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+def new_run_id() -> str:
+    return f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+class RunFolder:
+    """The output folder at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def run_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples_path(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def best_path(self) -> Path:
+        return self.path / "best_model.pt"
+
+    def refuse_other_run(self) -> None:
+        """Raise UsageError when the folder already holds a run."""
+        if self.run_path.exists() or self.best_path.exists():
+            run = self.read_run()
+            what = f"run {run['run_id']} ({run.get('status', 'unknown')})" if run else "a run"
+            raise UsageError(
+                f"{self.path} already holds {what}; nothing was changed.",
+                hint=(
+                    "Continue it with --resume auto, choose another folder with --output, "
+                    "or start anew with --overwrite."
+                ),
+            )
+
+    def clear(self) -> None:
+        """Remove what a run writes here (the user asked for --overwrite); other files stay."""
+        names = [
+            "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "best_model.pt",
+            "adapter_model.safetensors", "adapter_config.json", "rejected.jsonl", "report.html",
+        ]  # fmt: skip
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def read_run(self) -> dict[str, Any]:
+        """run.json, or {} where it is missing or unreadable."""
+        try:
+            value = json.loads(self.run_path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def write_run(self, values: dict[str, Any]) -> None:
+        write_json(self.run_path, values)
+
+    def write_config(self, text: str) -> None:
+        write_text(self.config_path, text)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Own the folder for the length of the block. Raises LockedError naming the owner.
+
+        The operating system frees the lock when its holder dies, however it dies, so none is ever stale.
+        """
+        make_folder(self.path)
+        path = self.path / LOCK_NAME
+        try:
+            stream = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise storage_error(error, path) from error
+        try:
+            if not _try_lock(stream.fileno()):
+                raise _locked(self.path, path)
+            stream.truncate(0)
+            stream.write(
+                json.dumps(
+                    {
+                        "pid": os.getpid(),
+                        "host": socket.gethostname(),
+                        "boot": _boot_id(),
+                        "started": utc_now(),
+                    }
+                )
+            )
+            stream.flush()
+            clean_staging(self.path)
+            yield
+        finally:
+            stream.close()
+
+    def truncate_log(self, path: Path, last_step: int) -> None:
+        """Drop lines of `path` after `last_step`, and a half-written last line: a resumed run writes them again."""
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                step = json.loads(line).get("step", 0)
+            except ValueError:
+                continue
+            if step <= last_step:
+                kept.append(line + "\n")
+        write_text(path, "".join(kept))
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _locked(folder: Path, path: Path) -> LockedError:
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        who = f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        who = "another process"
+    return LockedError(
+        f"{folder} is in use by {who}.",
+        hint="Wait until it ends, stop it, or choose another folder with --output.",
+    )
+
+
+class MetricsLog:
+    """Appends JSON lines to a file; each line is complete on disk before the next begins."""
+
+    def __init__(self, path: Path) -> None:
+        make_folder(path.parent)
+        self.path = path
+        try:
+            self._stream = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise storage_error(error, path) from error
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line. A failing disk is reported once and does not end the run: checkpoints will."""
+        try:
+            self._stream.write(json.dumps(values, ensure_ascii=False) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            get_logger("training").warning("Cannot write %s: %s", self.path, error.strerror)
+
+    def close(self) -> None:
+        self._stream.close()

@@ -1,0 +1,73 @@
+"""When to stop early, and how to tell that a run is overfitting."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class EarlyStopping:
+    """Stops after `patience` validations whose loss is not lower than the best by more than `min_delta`.
+
+    `patience` None never stops, but the best is tracked all the same.
+    """
+
+    patience: int | None
+    min_delta: float = 0.0
+    best: float = math.inf
+    num_bad: int = 0
+
+    def update(self, val_loss: float) -> bool:
+        """Take one validation loss; returns whether it is the best so far."""
+        improved = val_loss < self.best - self.min_delta
+        is_best = val_loss < self.best
+        self.num_bad = 0 if improved else self.num_bad + 1
+        if is_best:
+            self.best = val_loss
+        return is_best
+
+    @property
+    def should_stop(self) -> bool:
+        return self.patience is not None and self.num_bad >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best, "num_bad": self.num_bad}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.best, self.num_bad = state["best"], state["num_bad"]
+
+
+@dataclass
+class OverfittingWatch:
+    """Overfitting: validation loss rose `patience` times in a row while training loss fell.
+
+    The gap (validation minus training loss) is reported with it. None as patience turns the watch off.
+    """
+
+    patience: int | None
+    history: list[tuple[float, float]] = field(default_factory=list)
+
+    def update(self, train_loss: float, val_loss: float) -> str | None:
+        """Take the losses of one validation; returns advice once the trend is there, else None."""
+        self.history.append((train_loss, val_loss))
+        if self.patience is None or len(self.history) <= self.patience:
+            return None
+        recent = self.history[-self.patience - 1 :]
+        pairs = list(zip(recent, recent[1:], strict=False))
+        if not all(new[1] > old[1] and new[0] < old[0] for old, new in pairs):
+            return None
+        gap = val_loss - train_loss
+        return (
+            f"Overfitting: over the last {self.patience} validations the validation loss rose from "
+            f"{recent[0][1]:.4f} to {val_loss:.4f} while the training loss fell to {train_loss:.4f} "
+            f"(gap {gap:.4f}). Train for fewer epochs or set early_stopping_patience; raise "
+            "lora_dropout or weight_decay; lower lora_rank or learning_rate; or add data."
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"history": [list(pair) for pair in self.history]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.history = [(pair[0], pair[1]) for pair in state["history"]]
