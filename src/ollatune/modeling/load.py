@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, Literal
+from io import FileIO
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ _PIECE_WEIGHTS = 16 << 20
 class TensorSource:
     """Reads the tensors of an open GGUF file, as stored or decoded."""
 
-    def __init__(self, gguf: GGUFFile, stream: IO[bytes]) -> None:
+    def __init__(self, gguf: GGUFFile, stream: FileIO) -> None:
         self.gguf = gguf
         self._stream = stream
 
@@ -40,7 +41,7 @@ class TensorSource:
         info = self.gguf.tensors[name]
         blocks = torch.empty(info.size_bytes, dtype=torch.uint8)
         self._stream.seek(info.offset)
-        if self._stream.readinto(memoryview(blocks.numpy())) != info.size_bytes:  # type: ignore[attr-defined]
+        if self._stream.readinto(memoryview(blocks.numpy())) != info.size_bytes:  # type: ignore[arg-type]
             raise GGUFError(
                 self.gguf.path,
                 info.offset,
@@ -60,7 +61,7 @@ class TensorSource:
 def tensor_source(gguf: GGUFFile) -> Iterator[TensorSource]:
     """Open the file behind `gguf` for reading its tensors. Raises GGUFError where it cannot be read."""
     try:
-        stream = gguf.path.open("rb", buffering=0)
+        stream = FileIO(gguf.path)
     except OSError as error:
         raise GGUFError(gguf.path, None, "file", f"cannot be read: {error.strerror}") from error
     with stream:
@@ -85,7 +86,8 @@ def load_base_model(
     architecture = architecture_of(gguf.metadata, gguf.tensors)
     rules = architecture.present_rules()
     with tensor_source(gguf) as source, torch.no_grad():
-        config = build_config(architecture, source, dtype, serving_context)
+        config = architecture.config(source.values, serving_context=serving_context)
+        config.dtype = dtype
         model = _build_empty(architecture, config)
         _drop_absent_biases(model, architecture, gguf)
         _fill_buffers(model)
@@ -110,30 +112,6 @@ def load_base_model(
     return model.eval()
 
 
-def build_config(
-    architecture: Architecture,
-    source: TensorSource,
-    dtype: torch.dtype,
-    serving_context: int | None = None,
-) -> PretrainedConfig:
-    """The Transformers configuration of a file. Raises InputError where Transformers refuses its sizes."""
-    try:
-        config = architecture.config(source.values, serving_context=serving_context)
-    except InputError:
-        raise
-    except (
-        Exception
-    ) as error:  # strict configurations raise their own classes, which are not public
-        raise InputError(
-            f"Transformers refuses the sizes of this {architecture.name} model: {error}",
-            hint="Models of this shape cannot be trained here.",
-        ) from error
-    config.architectures = [architecture.model_class().__name__]
-    config.dtype = dtype
-    config._attn_implementation = architecture.attention_implementation
-    return config
-
-
 def _build_empty(architecture: Architecture, config: PretrainedConfig) -> PreTrainedModel:
     """The model with every parameter and buffer on the meta device: shapes without memory."""
     with torch.device("meta"):
@@ -154,7 +132,7 @@ def _fill_buffers(model: PreTrainedModel) -> None:
         if not names:
             continue
         if "RotaryEmbedding" in type(module).__name__:
-            module._buffers.update(type(module)(model.config)._buffers)  # type: ignore[call-arg]
+            module._buffers.update(type(module)(model.config)._buffers)
         elif names == ["embed_scale"]:
             module._buffers["embed_scale"] = torch.tensor(math.sqrt(model.config.hidden_size))
         else:
@@ -203,7 +181,7 @@ def decode_into(target: Tensor, blocks: Tensor, info: TensorInfo, rule: TensorRu
         for start in range(0, rows, piece_rows):
             piece = slice(start, start + piece_rows)
             stored = stack_blocks[piece] if order is None else stack_blocks[order[piece]]
-            stack_target[piece] = dequantize(stored, info.type)
+            stack_target[piece] = dequantize(stored, info.type, dtype=target.dtype)
 
 
 def _tie_head(model: PreTrainedModel) -> None:

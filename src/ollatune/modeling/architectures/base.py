@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -26,10 +27,12 @@ ReadTensor = Callable[[str], Tensor]
 
 
 class Architecture(ABC):
-    """One `general.architecture`, bound to a file's metadata and tensor shapes. Transformers is imported when needed."""
+    """One `general.architecture`, bound to a file's metadata and tensor shapes."""
 
     name: ClassVar[str]
     families: ClassVar[str]
+    transformers_names: ClassVar[tuple[str, str, str]]
+    """Transformers' name of the family, its configuration class and its model class."""
     attention_implementation: ClassVar[str] = "sdpa"
     ignored_prefixes: ClassVar[tuple[str, ...]] = ()
     """Tensors with these prefixes are not part of the language model, or are read into the configuration."""
@@ -49,19 +52,43 @@ class Architecture(ABC):
         """The rules for the tensors of one layer."""
 
     @abstractmethod
-    def model_class(self) -> type[PreTrainedModel]:
-        """The Transformers class, imported here and not before."""
-
-    @abstractmethod
-    def config(
-        self, read_tensor: ReadTensor, *, serving_context: int | None = None
-    ) -> PretrainedConfig:
-        """The Transformers configuration. `serving_context`: the context in tokens the model will be served with."""
+    def config_fields(self, read_tensor: ReadTensor, serving_context: int | None) -> dict[str, Any]:
+        """The fields of the Transformers configuration that `common_config` does not have."""
 
     def prepare_rotary(self, model: PreTrainedModel, read_tensor: ReadTensor) -> None:  # noqa: B027
         """Put into the model's rotary buffers what the configuration cannot say. Nothing for most architectures."""
 
     # ----- what follows from it ----------------------------------------------------------------------------------
+
+    def model_class(self) -> type[PreTrainedModel]:
+        """The Transformers class, imported here and not before: of the whole package, only this family's modules."""
+        family, _, name = self.transformers_names
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        found: type[PreTrainedModel] = getattr(module, name)
+        return found
+
+    def config(
+        self, read_tensor: ReadTensor, *, serving_context: int | None = None
+    ) -> PretrainedConfig:
+        """The Transformers configuration. `serving_context`: the context in tokens the model will be served with.
+
+        Raises InputError where the file's model is not one that Transformers computes as llama.cpp does.
+        """
+        fields = self.common_config() | self.config_fields(read_tensor, serving_context)
+        family, name, model_name = self.transformers_names
+        module = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
+        try:
+            config: PretrainedConfig = getattr(module, name)(**fields)
+        except (
+            Exception
+        ) as error:  # strict configurations raise classes of their own, which are not public
+            raise InputError(
+                f"Transformers refuses the sizes of this {self.name} model: {error}",
+                hint="Models of this shape cannot be trained here.",
+            ) from error
+        config.architectures = [model_name]
+        config._attn_implementation = self.attention_implementation
+        return config
 
     def tensor_map(self) -> list[TensorRule]:
         """The rules for every tensor the architecture may have, in no particular order."""
@@ -148,6 +175,15 @@ class Architecture(ABC):
                 hint="This kind of context extension cannot be trained here.",
             )
         return parameters
+
+    def require_whole_heads(self) -> None:
+        """Raise InputError where only a part of each head is rotated."""
+        dims, head_dim = self.sizes.rope_dims, self.sizes.head_dim
+        self.require(
+            dims == head_dim,
+            f"rotary embeddings on {dims} of {head_dim} head weights",
+            "rotation of whole heads",
+        )
 
     def require(self, holds: bool, found: str, expected: str) -> None:
         """Raise InputError unless `holds`: the file is of this architecture, but not as llama.cpp computes it."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ollatune.modeling.architectures.base import Architecture, ReadTensor
 from ollatune.modeling.architectures.hyperparameters import Hyperparameters
 from ollatune.modeling.architectures.rules import CENTRED_NORM, TensorRule
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
@@ -19,6 +16,7 @@ class Gemma2(Architecture):
 
     name = "gemma2"
     families = "Gemma 2 (2b, 9b, 27b)"
+    transformers_names = ("gemma2", "Gemma2Config", "Gemma2ForCausalLM")
     attention_implementation = "eager"  # PyTorch's fused attention has no soft cap
     layers_per_global = 2
     large_model_layers = 46
@@ -47,42 +45,29 @@ class Gemma2(Architecture):
     def norm_rule(self, gguf_name: str, hf_name: str) -> TensorRule:
         return TensorRule(gguf_name, hf_name, CENTRED_NORM)
 
-    def model_class(self) -> type[PreTrainedModel]:
-        from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
-
-        return Gemma2ForCausalLM
-
-    def config(
-        self, read_tensor: ReadTensor, *, serving_context: int | None = None
-    ) -> PretrainedConfig:
-        from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
-
+    def config_fields(self, read_tensor: ReadTensor, serving_context: int | None) -> dict[str, Any]:
         local_theta = self.metadata.number("rope.freq_base_swa", self.sizes.rope_theta)
         self.require(
             local_theta == self.sizes.rope_theta,
             f"rope bases {self.sizes.rope_theta:g} and {local_theta:g}",
             "one base for all layers",
         )
-        return Gemma2Config(
+        return {
             **self.gemma_config(),
-            rope_parameters=self.rope_parameters(),
-            sliding_window=self.metadata.integer("attention.sliding_window", 4096),
-            layer_types=self.layer_types(),
-            attn_logit_softcapping=self.soft_cap("attn_logit_softcapping", 50.0),
-            final_logit_softcapping=self.soft_cap("final_logit_softcapping", 30.0),
-        )
+            "rope_parameters": self.rope_parameters(),
+            "sliding_window": self.metadata.integer("attention.sliding_window", 4096),
+            "layer_types": self.layer_types(),
+            "attn_logit_softcapping": self.soft_cap("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": self.soft_cap("final_logit_softcapping", 30.0),
+        }
 
     def gemma_config(self) -> dict[str, Any]:
         """The fields that Gemma 2 and 3 share."""
         sizes = self.sizes
-        self.require(
-            sizes.rope_dims == sizes.head_dim,
-            f"rotary embeddings on {sizes.rope_dims} of {sizes.head_dim} head weights",
-            "rotation of whole heads",
-        )
+        self.require_whole_heads()
         is_large = sizes.num_layers == self.large_model_layers
         scalar = sizes.hidden_size // sizes.num_heads if is_large else sizes.head_dim
-        return self.common_config() | {
+        return {
             "head_dim": sizes.head_dim,
             "query_pre_attn_scalar": scalar,
             "hidden_activation": "gelu_pytorch_tanh",
@@ -120,6 +105,7 @@ class Gemma3(Gemma2):
 
     name = "gemma3"
     families = "Gemma 3 (270m, 1b, 4b, 12b, 27b; text)"
+    transformers_names = ("gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM")
     attention_implementation = "sdpa"
     layers_per_global = 6
     large_model_layers = 62
@@ -161,26 +147,17 @@ class Gemma3(Gemma2):
             ),
         ]
 
-    def model_class(self) -> type[PreTrainedModel]:
-        from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM
-
-        return Gemma3ForCausalLM
-
-    def config(
-        self, read_tensor: ReadTensor, *, serving_context: int | None = None
-    ) -> PretrainedConfig:
-        from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
-
+    def config_fields(self, read_tensor: ReadTensor, serving_context: int | None) -> dict[str, Any]:
         window = self.metadata.integer("attention.sliding_window", 0)
         local_theta = self.metadata.number("rope.freq_base_swa", 10000.0)
-        return Gemma3TextConfig(
+        return {
             **self.gemma_config(),
-            rope_parameters={
+            "rope_parameters": {
                 _GLOBAL: self.rope_parameters(),
                 _LOCAL: {"rope_type": "default", "rope_theta": local_theta},
             },
-            sliding_window=window or None,
-            layer_types=self.layer_types() if window else [_GLOBAL] * self.sizes.num_layers,
-            attn_logit_softcapping=None,
-            final_logit_softcapping=self.soft_cap("final_logit_softcapping", 0.0),
-        )
+            "sliding_window": window or None,
+            "layer_types": self.layer_types() if window else [_GLOBAL] * self.sizes.num_layers,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": self.soft_cap("final_logit_softcapping", 0.0),
+        }

@@ -16,7 +16,7 @@ from ollatune.modeling.architectures.base import Architecture, ReadTensor
 from ollatune.modeling.architectures.rules import InterleavedHeads, StackedHalf, TensorRule
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -34,6 +34,7 @@ class Llama(Architecture):
 
     name = "llama"
     families = "Llama 2, 3, 3.1, 3.2, 3.3 · Mistral 7B · SmolLM2 · neural-chat · TinyLlama · Zephyr"
+    transformers_names = ("llama", "LlamaConfig", "LlamaForCausalLM")
     ignored_prefixes = ("rope_freqs.",)
 
     def layer_rules(self, layer: int) -> list[TensorRule]:
@@ -71,32 +72,18 @@ class Llama(Architecture):
             for kind in ("weight", "bias")
         ]
 
-    def model_class(self) -> type[PreTrainedModel]:
-        from transformers.models.llama.modeling_llama import LlamaForCausalLM
-
-        return LlamaForCausalLM
-
-    def config(
-        self, read_tensor: ReadTensor, *, serving_context: int | None = None
-    ) -> PretrainedConfig:
-        from transformers.models.llama.configuration_llama import LlamaConfig
-
-        return LlamaConfig(
-            **self.common_config(),
-            head_dim=self.sizes.head_dim,
-            rope_parameters=self.checked_rope(read_tensor),
-            attention_bias=self._has_any("attn_q.bias", "attn_output.bias"),
-            mlp_bias=self._has_any("ffn_up.bias"),
-        )
+    def config_fields(self, read_tensor: ReadTensor, serving_context: int | None) -> dict[str, Any]:
+        return {
+            "head_dim": self.sizes.head_dim,
+            "rope_parameters": self.checked_rope(read_tensor),
+            "attention_bias": self._has_any("attn_q.bias", "attn_output.bias"),
+            "mlp_bias": self._has_any("ffn_up.bias"),
+        }
 
     def checked_rope(self, read_tensor: ReadTensor) -> dict[str, Any]:
         """The rotary parameters, with Llama 3's named where the file's factors are exactly those."""
         sizes = self.sizes
-        self.require(
-            sizes.rope_dims == sizes.head_dim,
-            f"rotary embeddings on {sizes.rope_dims} of {sizes.head_dim} head weights",
-            "rotation of whole heads",
-        )
+        self.require_whole_heads()
         scale = self.metadata.number("attention.scale", 0.0)
         self.require(
             scale == 0.0 or math.isclose(scale, sizes.head_dim**-0.5, rel_tol=1e-5),
@@ -127,6 +114,7 @@ class Mixtral(Llama):
     """Architecture `llama` with experts: Mixtral 8x7B and 8x22B."""
 
     families = "Mixtral 8x7B, 8x22B"
+    transformers_names = ("mixtral", "MixtralConfig", "MixtralForCausalLM")
 
     def feed_forward_rules(self, gguf: str, hf: str) -> list[TensorRule]:
         experts = f"{hf}mlp.experts."
@@ -137,26 +125,16 @@ class Mixtral(Llama):
             TensorRule(f"{gguf}ffn_down_exps.weight", f"{experts}down_proj"),
         ]
 
-    def model_class(self) -> type[PreTrainedModel]:
-        from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
-
-        return MixtralForCausalLM
-
-    def config(
-        self, read_tensor: ReadTensor, *, serving_context: int | None = None
-    ) -> PretrainedConfig:
-        from transformers.models.mixtral.configuration_mixtral import MixtralConfig
-
+    def config_fields(self, read_tensor: ReadTensor, serving_context: int | None) -> dict[str, Any]:
         scale = self.metadata.number("expert_weights_scale", 1.0)
         self.require(scale in (0.0, 1.0), f"an expert weight scale of {scale:g}", "1")
-        return MixtralConfig(
-            **self.common_config(),
-            head_dim=self.sizes.head_dim,
-            rope_parameters=self.checked_rope(read_tensor),
-            num_local_experts=self.sizes.num_experts,
-            num_experts_per_tok=self.sizes.num_experts_used,
-            sliding_window=None,
-        )
+        return {
+            "head_dim": self.sizes.head_dim,
+            "rope_parameters": self.checked_rope(read_tensor),
+            "num_local_experts": self.sizes.num_experts,
+            "num_experts_per_tok": self.sizes.num_experts_used,
+            "sliding_window": None,
+        }
 
 
 def llama_or_mixtral(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Llama:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ollatune.modeling.architectures.base import Architecture, ReadTensor
 from ollatune.modeling.architectures.rules import TensorRule
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
@@ -21,6 +18,7 @@ class Phi3(Architecture):
 
     name = "phi3"
     families = "Phi-3, Phi-3.5, Phi-4, Phi-4-mini"
+    transformers_names = ("phi3", "Phi3Config", "Phi3ForCausalLM")
     ignored_prefixes = ("rope_factors_",)
 
     def layer_rules(self, layer: int) -> list[TensorRule]:
@@ -34,28 +32,18 @@ class Phi3(Architecture):
             TensorRule(f"{gguf}ffn_down.weight", f"{hf}mlp.down_proj.weight"),
         ]
 
-    def model_class(self) -> type[PreTrainedModel]:
-        from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM
-
-        return Phi3ForCausalLM
-
-    def config(
-        self, read_tensor: ReadTensor, *, serving_context: int | None = None
-    ) -> PretrainedConfig:
-        from transformers.models.phi3.configuration_phi3 import Phi3Config
-
+    def config_fields(self, read_tensor: ReadTensor, serving_context: int | None) -> dict[str, Any]:
         sizes = self.sizes
         self.require(
             sizes.head_dim * sizes.num_heads == sizes.hidden_size,
             f"{sizes.num_heads} heads of {sizes.head_dim}",
             f"heads that make up the hidden size {sizes.hidden_size}",
         )
-        return Phi3Config(
-            **self.common_config(),
-            rope_parameters=self._rope(read_tensor, serving_context),
-            original_max_position_embeddings=sizes.rope_scaling.original_context_length,
-            sliding_window=None,
-        )
+        return {
+            "rope_parameters": self._rope(read_tensor, serving_context),
+            "original_max_position_embeddings": sizes.rope_scaling.original_context_length,
+            "sliding_window": None,
+        }
 
     def _rope(self, read_tensor: ReadTensor, serving_context: int | None) -> dict[str, Any]:
         sizes, scaling = self.sizes, self.sizes.rope_scaling

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ollatune.modeling.architectures.base import Architecture, ReadTensor
 from ollatune.modeling.architectures.rules import TensorRule
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Qwen2(Architecture):
@@ -16,6 +13,7 @@ class Qwen2(Architecture):
 
     name = "qwen2"
     families = "Qwen 2, Qwen 2.5, DeepSeek-R1 distilled Qwen"
+    transformers_names = ("qwen2", "Qwen2Config", "Qwen2ForCausalLM")
 
     def layer_rules(self, layer: int) -> list[TensorRule]:
         gguf, hf = f"blk.{layer}.", f"model.layers.{layer}."
@@ -37,34 +35,17 @@ class Qwen2(Architecture):
     def projection_kinds(self) -> tuple[str, ...]:
         return ("weight", "bias")
 
-    def model_class(self) -> type[PreTrainedModel]:
-        from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
-
-        return Qwen2ForCausalLM
-
-    def config(
-        self, read_tensor: ReadTensor, *, serving_context: int | None = None
-    ) -> PretrainedConfig:
-        from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-
-        self._require_whole_heads()
+    def config_fields(self, read_tensor: ReadTensor, serving_context: int | None) -> dict[str, Any]:
+        self.require_whole_heads()
         self.require(
             self.sizes.head_dim * self.sizes.num_heads == self.sizes.hidden_size,
             f"{self.sizes.num_heads} heads of {self.sizes.head_dim}",
             f"heads that make up the hidden size {self.sizes.hidden_size}",
         )
-        return Qwen2Config(
-            **self.common_config(),
-            rope_parameters=self.rope_parameters(),
-            use_sliding_window=False,
-        )
-
-    def _require_whole_heads(self) -> None:
-        self.require(
-            self.sizes.rope_dims == self.sizes.head_dim,
-            f"rotary embeddings on {self.sizes.rope_dims} of {self.sizes.head_dim} head weights",
-            "rotation of whole heads",
-        )
+        return {
+            "rope_parameters": self.rope_parameters(),
+            "use_sliding_window": False,
+        }
 
 
 class Qwen3(Qwen2):
@@ -72,6 +53,7 @@ class Qwen3(Qwen2):
 
     name = "qwen3"
     families = "Qwen 3 (dense)"
+    transformers_names = ("qwen3", "Qwen3Config", "Qwen3ForCausalLM")
 
     def layer_rules(self, layer: int) -> list[TensorRule]:
         return [
@@ -88,21 +70,11 @@ class Qwen3(Qwen2):
     def projection_kinds(self) -> tuple[str, ...]:
         return ("weight",)
 
-    def model_class(self) -> type[PreTrainedModel]:
-        from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
-
-        return Qwen3ForCausalLM
-
-    def config(
-        self, read_tensor: ReadTensor, *, serving_context: int | None = None
-    ) -> PretrainedConfig:
-        from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-
-        self._require_whole_heads()
-        return Qwen3Config(
-            **self.common_config(),
-            head_dim=self.sizes.head_dim,
-            rope_parameters=self.rope_parameters(),
-            attention_bias=False,
-            use_sliding_window=False,
-        )
+    def config_fields(self, read_tensor: ReadTensor, serving_context: int | None) -> dict[str, Any]:
+        self.require_whole_heads()
+        return {
+            "head_dim": self.sizes.head_dim,
+            "rope_parameters": self.rope_parameters(),
+            "attention_bias": False,
+            "use_sliding_window": False,
+        }
