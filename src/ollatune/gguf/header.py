@@ -198,7 +198,7 @@ class HeaderCursor:
                 self._require_string(length, key, position)
             position += 8 + length
         if position > self.size:
-            reason = f"its last text ends at byte {position}, the file at {self.size}"
+            reason = f"its text ends at byte {position}, the file at {self.size}"
             raise self.error(key, reason, hint=TRUNCATED_HINT)
         self.position = position
 

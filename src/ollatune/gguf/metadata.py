@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -76,12 +76,12 @@ class Metadata(Mapping[str, MetadataValue]):
 
     def alignment(self) -> int:
         """`general.alignment`, or the format's default. Raises GGUFError where it is impossible."""
-        value = self.get("general.alignment", DEFAULT_ALIGNMENT)
-        is_power_of_two = isinstance(value, int) and value > 0 and not value & (value - 1)
-        if not isinstance(value, int) or not is_power_of_two or value > MAX_ALIGNMENT:
+        value: Any = self.get("general.alignment", DEFAULT_ALIGNMENT)
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if not is_number or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
             reason = f"{printable(str(value))}, a power of two up to {MAX_ALIGNMENT} was expected"
             raise GGUFError(self._path, None, "general.alignment", reason)
-        return value
+        return int(value)
 
     def _decode(self, key: str, record: Record) -> MetadataValue:
         raw = self._header[record.value_start : record.end]

@@ -69,7 +69,7 @@ def encode_metadata(
             record += [_encode_value(element, element_type) for element in value]
         else:
             record.append(_encode_value(value, value_type))
-    except (struct.error, TypeError, AttributeError) as error:
+    except (struct.error, OverflowError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{key}: {value!r:.80} is no {value_type.name} value ({error})."
         ) from error
@@ -84,6 +84,8 @@ def _encode_string(text: str) -> bytes:
 def _encode_value(value: Any, value_type: ValueType) -> bytes:
     if value_type is ValueType.STRING:
         return _encode_string(value)
+    if isinstance(value, bool) is not (value_type is ValueType.BOOL):
+        raise TypeError(f"{type(value).__name__} given")
     return struct.pack(SCALAR_FORMATS[value_type], value)
 
 
