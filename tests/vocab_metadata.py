@@ -1,0 +1,112 @@
+"""Real vocabularies as GGUF metadata, for tiny models that llama.cpp can load (`tiny_gguf(…, tokenizer=…)`).
+
+Two kinds of name: those of HF_TOKENIZERS (converted here from `tokenizer.json`, as llama.cpp's converter would), and
+`ggml:NAME` for the metadata of llama.cpp's own `ggml-vocab-NAME.gguf`, taken over unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gguf
+
+from ollatune.gguf.reader import GGUFFile
+from tests.assets import ggml_vocab, hf_tokenizer_dir
+
+Metadata = dict[str, tuple[Any, gguf.GGUFValueType]]
+
+PRE_TOKENIZERS = {
+    "llama3": "llama-bpe",
+    "llama3_1": "llama-bpe",
+    "llama3_2": "llama-bpe",
+    "qwen2_5": "qwen2",
+    "qwen3": "qwen2",
+    "mistral_nemo": "tekken",
+}
+SENTENCEPIECE = ("gemma2", "gemma3", "llama2")
+_NO_SPACE_PREFIX = ("gemma2", "gemma3")
+_UNREACHABLE_SCORE = -1e6
+_KEY = "tokenizer.ggml."
+
+
+def vocab_metadata(name: str) -> Metadata:
+    """`tokenizer.*` of vocabulary `name` by key, as (value, type). Skips the test where it cannot be fetched."""
+    if name.startswith("ggml:"):
+        return _from_file(name.removeprefix("ggml:"))
+    folder = hf_tokenizer_dir(name)
+    model = json.loads((folder / "tokenizer.json").read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    return _convert(name, model, config)
+
+
+def _from_file(name: str) -> Metadata:
+    with GGUFFile.open(ggml_vocab(name)) as file:
+        return {
+            key: (file.metadata[key], gguf.GGUFValueType(file.metadata_type(key)))
+            for key in file.metadata
+            if key.startswith("tokenizer.")
+        }
+
+
+def _convert(name: str, tokenizer: dict[str, Any], config: dict[str, Any]) -> Metadata:
+    kinds = gguf.GGUFValueType
+    ids: dict[str, int] = dict(tokenizer["model"]["vocab"])
+    added = {token["id"]: token for token in tokenizer["added_tokens"]}
+    ids |= {token["content"]: token_id for token_id, token in added.items()}
+    num_tokens = max(ids.values()) + 1
+    tokens = [f"[PAD{i}]" for i in range(num_tokens)]
+    types = [int(gguf.TokenType.UNUSED)] * num_tokens
+    for text, i in ids.items():
+        tokens[i], types[i] = text, int(gguf.TokenType.NORMAL)
+    for i, token in added.items():
+        is_special = token["special"]
+        types[i] = int(gguf.TokenType.CONTROL if is_special else gguf.TokenType.USER_DEFINED)
+    metadata: Metadata = {
+        f"{_KEY}model": ("llama" if name in SENTENCEPIECE else "gpt2", kinds.STRING),
+        f"{_KEY}pre": (PRE_TOKENIZERS.get(name, "default"), kinds.STRING),
+        f"{_KEY}tokens": (tokens, kinds.ARRAY),
+        f"{_KEY}token_type": (types, kinds.ARRAY),
+        f"{_KEY}add_bos_token": (_adds_bos(tokenizer), kinds.BOOL),
+    }
+    merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
+    if name in SENTENCEPIECE:
+        _finish_sentencepiece(tokens, types, ids)
+        metadata[f"{_KEY}scores"] = (_scores(tokens, merges), kinds.ARRAY)
+        if name in _NO_SPACE_PREFIX:
+            metadata[f"{_KEY}add_space_prefix"] = (False, kinds.BOOL)
+    else:
+        metadata[f"{_KEY}merges"] = (merges, kinds.ARRAY)
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    for role, key in roles.items():
+        if config.get(role) in ids:
+            metadata[f"{_KEY}{key}_token_id"] = (ids[config[role]], kinds.UINT32)
+    if isinstance(config.get("chat_template"), str):
+        metadata["tokenizer.chat_template"] = (config["chat_template"], kinds.STRING)
+    return metadata
+
+
+def _adds_bos(tokenizer: dict[str, Any]) -> bool:
+    return "bos" in json.dumps(tokenizer["post_processor"]) or "<s>" in json.dumps(
+        tokenizer["post_processor"]
+    )
+
+
+def _finish_sentencepiece(tokens: list[str], types: list[int], ids: dict[str, int]) -> None:
+    first_byte = ids["<0x00>"]
+    for byte in range(256):
+        # Gemma 2's tokenizer.json has a literal tab where <0x09> should be
+        tokens[first_byte + byte] = f"<0x{byte:02X}>"
+        types[first_byte + byte] = int(gguf.TokenType.BYTE)
+    types[ids["<unk>"]] = int(gguf.TokenType.UNKNOWN)
+    for i, kind in enumerate(types):
+        if kind == gguf.TokenType.USER_DEFINED:  # llama.cpp's converter does so too
+            tokens[i] = tokens[i].replace("▁", " ")
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """SentencePiece scores whose order is that of the merges: minus the rank of the first merge that makes a piece."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", "", 1), rank)
+    return [-float(ranks[token]) if token in ranks else _UNREACHABLE_SCORE for token in tokens]
