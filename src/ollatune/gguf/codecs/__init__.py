@@ -51,15 +51,15 @@ FALLBACK_TYPES: dict[GGMLType, GGMLType] = {
     GGMLType.Q6_K: GGMLType.Q8_0,
 }
 
-# Weights a pass works on, per thread: its float32 and the bytes behind it stay in a core's cache.
-_CPU_CHUNK_WEIGHTS = 1 << 16
+# Weights a pass works on: enough to hide the cost of calling torch, few enough to stay in a CPU's last-level cache.
+_CPU_CHUNK_WEIGHTS = 1 << 20
 # A GPU wants few large kernels; the bound keeps the temporaries small beside a model.
 _CUDA_CHUNK_WEIGHTS = 1 << 25
 
 
 def _chunk_blocks(type: GGMLType, device: torch.device) -> int:
     if device.type == "cpu":
-        return _CPU_CHUNK_WEIGHTS * torch.get_num_threads() // type.block_size
+        return _CPU_CHUNK_WEIGHTS // type.block_size
     return _CUDA_CHUNK_WEIGHTS // type.block_size
 
 

@@ -12,69 +12,65 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ollatune.gguf.codecs.bits import as_int64, half_to_float, lanes, spread_bits
+from ollatune.gguf.codecs.bits import (
+    half_column,
+    interleave,
+    lanes,
+    planes,
+    shifted_left,
+    shifted_right,
+    spread_bits,
+)
 
 # The sixteen levels of the "non-linear" types (ggml `kvalues_iq4nl`).
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
+HALF_BLOCK = 16  # the low nibbles are the first half of a block, the high nibbles the second
+
 
 def decode_q8_0(blocks_NB: Tensor, out_NW: Tensor) -> None:
-    scale_N1 = half_to_float(blocks_NB[:, :2])
+    scale_N1 = half_column(blocks_NB, 0)
     out_NW.copy_(blocks_NB[:, 2:].view(torch.int8))
     out_NW.mul_(scale_N1)
 
 
-def _high_nibbles(packed_NB: Tensor) -> Tensor:
-    """int64 lanes [N, 4] of 32 bytes: the quant in the high nibble, rubbish in the low one."""
-    packed_N2 = as_int64(packed_NB)
-    quants_N4 = packed_N2.new_empty(packed_N2.shape[0], 4)
-    for column in range(2):  # one long strided loop each, instead of many of two lanes
-        torch.bitwise_left_shift(packed_N2[:, column], 4, out=quants_N4[:, column])
-        quants_N4[:, column + 2] = packed_N2[:, column]
-    return quants_N4
-
-
-def _low_nibbles(packed_NB: Tensor) -> Tensor:
-    """int64 lanes [N, 4] of 32 bytes: the quant in the low nibble, rubbish in the high one."""
-    packed_N2 = as_int64(packed_NB)
-    quants_N4 = packed_N2.new_empty(packed_N2.shape[0], 4)
-    for column in range(2):
-        quants_N4[:, column] = packed_N2[:, column]
-        torch.bitwise_right_shift(packed_N2[:, column], 4, out=quants_N4[:, column + 2])
-    return quants_N4
+def _fill_affine(out_NW: Tensor, quants: Tensor, blocks_NB: Tensor, unit: int) -> None:
+    """out = scale · (quants / unit) + minimum; both are halves at the front of a block."""
+    out_NW.copy_(quants.view(out_NW.shape))
+    # Two roundings, as in the reference: a fused multiply-add would differ in the last bit.
+    out_NW.mul_(half_column(blocks_NB, 0).div_(unit)).add_(half_column(blocks_NB, 2))
 
 
 def decode_q4_0(blocks_NB: Tensor, out_NW: Tensor) -> None:
-    scale_N1 = half_to_float(blocks_NB[:, :2])
-    quants_N4 = _high_nibbles(blocks_NB[:, 2:])
-    quants_N4.bitwise_and_(lanes(0xF0)).bitwise_xor_(lanes(0x80))
-    out_NW.copy_(quants_N4.view(torch.int8))
-    out_NW.mul_(scale_N1.div_(16))
-
-
-def decode_q5_0(blocks_NB: Tensor, out_NW: Tensor) -> None:
-    scale_N1 = half_to_float(blocks_NB[:, :2])
-    quants_N4 = _low_nibbles(blocks_NB[:, 6:])
-    quants_N4.bitwise_left_shift_(3).bitwise_and_(lanes(0x78))
-    # The fifth bit is the sign's place: set means q >= 16, so it is flipped.
-    quants_N4.bitwise_or_(spread_bits(blocks_NB[:, 2:6], 7)).bitwise_xor_(lanes(0x80))
-    out_NW.copy_(quants_N4.view(torch.int8))
-    out_NW.mul_(scale_N1.div_(8))
+    quants_2M = shifted_left(planes(blocks_NB[:, None, 2:]), 4, 0)
+    quants_2M.bitwise_and_(lanes(0xF0)).bitwise_xor_(lanes(0x80))
+    out_NW.copy_(interleave(quants_2M, HALF_BLOCK).view(torch.int8).view(out_NW.shape))
+    out_NW.mul_(half_column(blocks_NB, 0).div_(16))
 
 
 def decode_q4_1(blocks_NB: Tensor, out_NW: Tensor) -> None:
-    scale_N2 = half_to_float(blocks_NB[:, :4])
-    quants_N4 = _low_nibbles(blocks_NB[:, 4:]).bitwise_and_(lanes(0x0F))
-    out_NW.copy_(quants_N4.view(torch.uint8))
-    out_NW.mul_(scale_N2[:, :1]).add_(scale_N2[:, 1:])
+    quants_2M = shifted_right(planes(blocks_NB[:, None, 4:]), 0, 4).bitwise_and_(lanes(0x0F))
+    _fill_affine(out_NW, interleave(quants_2M, HALF_BLOCK), blocks_NB, unit=1)
+
+
+def _five_bits(blocks_NB: Tensor, header_bytes: int) -> Tensor:
+    """int64 planes [2, M] of 8·q: four bits of it in nibbles, the fifth in a word before them."""
+    nibbles_1M = planes(blocks_NB[:, None, header_bytes + 4 :])
+    quants_2M = shifted_left(nibbles_1M, 4, 0).bitwise_right_shift_(1).bitwise_and_(lanes(0x78))
+    fifth_N22 = blocks_NB[:, header_bytes : header_bytes + 4].view(-1, 2, 2)
+    fifth_2M = spread_bits(fifth_N22.transpose(0, 1), 7).view(2, -1)
+    return quants_2M.bitwise_or_(fifth_2M)
+
+
+def decode_q5_0(blocks_NB: Tensor, out_NW: Tensor) -> None:
+    quants_2M = _five_bits(blocks_NB, header_bytes=2).bitwise_xor_(lanes(0x80))
+    out_NW.copy_(interleave(quants_2M, HALF_BLOCK).view(torch.int8).view(out_NW.shape))
+    out_NW.mul_(half_column(blocks_NB, 0).div_(8))
 
 
 def decode_q5_1(blocks_NB: Tensor, out_NW: Tensor) -> None:
-    scale_N2 = half_to_float(blocks_NB[:, :4])
-    quants_N4 = _low_nibbles(blocks_NB[:, 8:]).bitwise_and_(lanes(0x0F))
-    quants_N4.bitwise_or_(spread_bits(blocks_NB[:, 4:8], 4))
-    out_NW.copy_(quants_N4.view(torch.uint8))
-    out_NW.mul_(scale_N2[:, :1]).add_(scale_N2[:, 1:])
+    quants_2M = _five_bits(blocks_NB, header_bytes=4)
+    _fill_affine(out_NW, interleave(quants_2M, HALF_BLOCK), blocks_NB, unit=8)
 
 
 def levels_of(quants: Tensor) -> Tensor:
@@ -84,6 +80,6 @@ def levels_of(quants: Tensor) -> Tensor:
 
 
 def decode_iq4_nl(blocks_NB: Tensor, out_NW: Tensor) -> None:
-    scale_N1 = half_to_float(blocks_NB[:, :2])
-    quants_N4 = _low_nibbles(blocks_NB[:, 2:]).bitwise_and_(lanes(0x0F))
-    torch.mul(levels_of(quants_N4.view(torch.uint8)), scale_N1, out=out_NW)
+    quants_2M = shifted_right(planes(blocks_NB[:, None, 2:]), 0, 4).bitwise_and_(lanes(0x0F))
+    levels_NW = levels_of(interleave(quants_2M, HALF_BLOCK)).view(out_NW.shape)
+    torch.mul(levels_NW, half_column(blocks_NB, 0), out=out_NW)
