@@ -1,0 +1,65 @@
+"""What this folder needs from a tokenizer and from a chat template; both live elsewhere and are passed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+
+class SegmentLike(Protocol):
+    """A piece of a rendered conversation; `is_target` says whether the model learns to write it."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def is_target(self) -> bool: ...
+
+
+class PromptTemplate(Protocol):
+    """The chat template the model is served with."""
+
+    @property
+    def digest(self) -> str: ...
+
+    def render_training(
+        self, messages: Sequence[Any], tools: Any = None, targets: Any = "all"
+    ) -> Sequence[SegmentLike]:
+        """The conversation in pieces; their concatenation is the whole text. Raises InputError."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """The base model's own tokenizer."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def eot_id(self) -> int | None: ...
+    @property
+    def add_bos(self) -> bool: ...
+    @property
+    def end_of_generation_ids(self) -> frozenset[int]: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool = False,
+        parse_special: bool = True,
+        is_continuation: bool = False,
+    ) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
+
+
+RendererParts = tuple[Tokenizer, PromptTemplate]
+"""What rendering needs, as one value."""
+
+MakeRendererParts = Callable[[], RendererParts]
+"""Makes them anew in a worker process: a picklable, module-level callable (or `functools.partial` of one)."""

@@ -1,0 +1,245 @@
+"""Record forms: recognised from the first record of a source, then required of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ollatune.base.text import did_you_mean, printable
+from ollatune.data.conversation import ChatMessage, Conversation, Document, Sample
+from ollatune.data.fields import answer_of, optional_text, text_of
+from ollatune.data.messages import check_turns, parse_messages, parse_tools
+from ollatune.data.position import Position, Record, RecordError
+from ollatune.data.sources import TextPiece
+
+
+@dataclass(frozen=True)
+class RecordForm:
+    """A way to write a record: the fields it must have, and those it may have."""
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+_COMMON = ("system", "tools", "score")
+FORMS = (
+    RecordForm("messages", ("messages",), _COMMON),
+    RecordForm("sharegpt", ("conversations",), _COMMON),
+    RecordForm("instruction", ("instruction", "response"), ("context", *_COMMON)),
+    RecordForm("alpaca", ("instruction", "output"), ("input", "history", *_COMMON)),
+    RecordForm("prompt-completion", ("prompt", "completion"), _COMMON),
+    RecordForm("text", ("text",), ("score",)),
+)
+"""In the order they are tried; the first whose required fields are all there is taken."""
+
+MAPPABLE_FIELDS = tuple(dict.fromkeys(field for form in FORMS for field in form.fields))
+"""What `data.columns` may map."""
+
+TEXT_FILE = "text file"
+
+
+class RecordReader:
+    """Turns the records of one source into conversations and documents.
+
+    `columns` maps our field names to the source's own; `system` is given to conversations without a system message.
+    """
+
+    def __init__(
+        self, *, columns: Mapping[str, str] | None = None, system: str | None = None
+    ) -> None:
+        self._columns = dict(columns or {})
+        self._system = ChatMessage("system", system) if system else None
+        self.form: RecordForm | None = None
+        self.first: Position | None = None
+        self._known: frozenset[str] = frozenset()
+        self._convert: Callable[[dict[str, Any], Position], Sample] = self._text
+
+    def __call__(self, record: Record) -> Sample:
+        """The record in normal form. Raises RecordError."""
+        value, position = record
+        if type(value) is TextPiece:
+            text_of(value.text, "text", position)
+            return Document(value.text, value.ends_document)
+        if self._columns:
+            value = self._renamed(value, position)
+        form = self.form
+        if form is None:
+            form = self._recognise(value, position)
+        for field in form.required:
+            if field not in value:
+                raise self._differs(form, field, value, position)
+        sample = self._convert(value, position)
+        if "score" in value:
+            sample.score = _score(value["score"], position)
+        if len(value) > len(form.required):
+            sample.metadata = {k: v for k, v in value.items() if k not in self._known}
+        return sample
+
+    def fix_form(self, name: str) -> None:
+        """Require the form called `name` from the start (a worker is told what the first record was)."""
+        self._use(next(form for form in FORMS if form.name == name))
+
+    def _use(self, form: RecordForm) -> None:
+        converters: dict[str, Callable[[dict[str, Any], Position], Sample]] = {
+            "messages": self._messages,
+            "sharegpt": self._sharegpt,
+            "instruction": self._instruction,
+            "alpaca": self._alpaca,
+            "prompt-completion": self._prompt_completion,
+            "text": self._text,
+        }
+        self.form = form
+        self._known = frozenset(form.fields)
+        self._convert = converters[form.name]
+
+    def _recognise(self, value: Mapping[str, Any], position: Position) -> RecordForm:
+        for form in FORMS:
+            if all(field in value for field in form.required):
+                self._use(form)
+                self.first = position
+                return form
+        keys = ", ".join(f"`{printable(str(key), limit=40)}`" for key in list(value)[:8]) or "none"
+        guess = ""
+        for form in FORMS:
+            for field in form.required:
+                if field not in value and not guess:
+                    guess = did_you_mean(field, [str(k) for k in value if k not in form.fields])
+                    guess = guess and f" Is {guess.split('mean ')[1][:-1]} meant to be `{field}`?"
+        raise RecordError(
+            position,
+            f"the fields ({keys}) are those of no known record form",
+            f"Expected {_forms_in_words()}; or name your columns in `data.columns`.{guess}",
+        )
+
+    def _renamed(self, value: Mapping[str, Any], position: Position) -> dict[str, Any]:
+        renamed = dict(value)
+        picked = {}
+        for ours, theirs in self._columns.items():
+            if theirs in renamed:
+                picked[ours] = renamed.pop(theirs)
+            elif ours not in ("context", "input", "system", "tools", "score", "history"):
+                keys = [str(key) for key in value]
+                raise RecordError(
+                    position,
+                    f"no column `{printable(theirs, limit=40)}` (mapped to `{ours}` in `data.columns`)",
+                    f"The record has: {', '.join(keys[:12])}.{did_you_mean(theirs, keys)}",
+                )
+        return {**renamed, **picked}
+
+    def _differs(
+        self, form: RecordForm, field: str, value: Mapping[str, Any], position: Position
+    ) -> RecordError:
+        as_in = f" as in the first record ({self.first})" if self.first else ""
+        other = next(
+            (f for f in FORMS if f is not form and all(k in value for k in f.required)), None
+        )
+        if other is not None:
+            return RecordError(
+                position,
+                f"a record in the `{other.name}` form among records in the `{form.name}` form{as_in}",
+                "Put the two forms into two sources.",
+            )
+        keys = [str(key) for key in value if key not in form.fields]
+        return RecordError(
+            position,
+            f"the field `{field}` is missing{as_in}",
+            f"Add it.{did_you_mean(field, keys)}",
+        )
+
+    def _start(self, value: Mapping[str, Any], position: Position) -> list[ChatMessage]:
+        """The system message, from the record or from the configuration."""
+        if value.get("system"):
+            return [ChatMessage("system", text_of(value["system"], "system", position))]
+        return [self._system] if self._system else []
+
+    def _tools(self, value: Mapping[str, Any], position: Position) -> tuple[Mapping[str, Any], ...]:
+        tools = value.get("tools")
+        return parse_tools(tools, position) if tools else ()
+
+    def _exchange(
+        self, value: Mapping[str, Any], question: str, answer: str, position: Position
+    ) -> Conversation:
+        messages = self._start(value, position)
+        messages.append(ChatMessage("user", question))
+        messages.append(ChatMessage("assistant", answer))
+        return Conversation(tuple(messages), self._tools(value, position))
+
+    def _with_context(
+        self, value: Mapping[str, Any], context_field: str, answer_field: str, position: Position
+    ) -> Conversation:
+        question = text_of(value["instruction"], "instruction", position)
+        answer = answer_of(value[answer_field], answer_field, position)
+        if context := optional_text(value.get(context_field), context_field, position):
+            question = f"{question}\n\n{context}" if question else context
+        if not question or question.isspace():
+            raise RecordError(
+                position, "`instruction` is empty", "Write the task or remove the record."
+            )
+        return self._exchange(value, question, answer, position)
+
+    def _instruction(self, value: dict[str, Any], position: Position) -> Sample:
+        return self._with_context(value, "context", "response", position)
+
+    def _alpaca(self, value: dict[str, Any], position: Position) -> Sample:
+        conversation = self._with_context(value, "input", "output", position)
+        if not (history := value.get("history")):
+            return conversation
+        earlier: list[ChatMessage] = []
+        for index, pair in enumerate(history if isinstance(history, list) else [history]):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise RecordError(
+                    position, f"`history[{index}]` must be a [question, answer] pair", "Correct it."
+                )
+            earlier.append(ChatMessage("user", text_of(pair[0], f"history[{index}][0]", position)))
+            earlier.append(
+                ChatMessage("assistant", answer_of(pair[1], f"history[{index}][1]", position))
+            )
+        at = 1 if conversation.messages[0].role == "system" else 0
+        messages = (*conversation.messages[:at], *earlier, *conversation.messages[at:])
+        return Conversation(messages, conversation.tools)
+
+    def _prompt_completion(self, value: dict[str, Any], position: Position) -> Sample:
+        prompt, completion = value["prompt"], value["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):  # both may be chat messages
+            return self._chat(value, [*prompt, *completion], "prompt + completion", position)
+        question = answer_of(prompt, "prompt", position)
+        return self._exchange(
+            value, question, answer_of(completion, "completion", position), position
+        )
+
+    def _messages(self, value: dict[str, Any], position: Position) -> Sample:
+        return self._chat(value, value["messages"], "messages", position)
+
+    def _sharegpt(self, value: dict[str, Any], position: Position) -> Sample:
+        return self._chat(value, value["conversations"], "conversations", position)
+
+    def _chat(self, value: Mapping[str, Any], turns: Any, name: str, position: Position) -> Sample:
+        messages = parse_messages(turns, name, position)
+        if messages[0].role != "system":
+            messages = self._start(value, position) + messages
+            check_turns(messages, name, position)
+        return Conversation(tuple(messages), self._tools(value, position))
+
+    def _text(self, value: dict[str, Any], position: Position) -> Sample:
+        return Document(answer_of(value["text"], "text", position))
+
+
+def _score(value: Any, position: Position) -> float:
+    try:
+        score = float("nan") if isinstance(value, bool) else float(value)  # CSV has it as text
+    except (TypeError, ValueError):
+        score = float("nan")
+    if not math.isfinite(score):
+        raise RecordError(position, "`score` must be a number", "Correct it or rename the field.")
+    return score
+
+
+def _forms_in_words() -> str:
+    return "; ".join(" + ".join(f"`{field}`" for field in form.required) for form in FORMS)

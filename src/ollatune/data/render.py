@@ -1,0 +1,206 @@
+"""From a conversation or document to token ids and a target mask, exactly as the model will be served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ollatune.base.errors import InputError
+from ollatune.data.conversation import Conversation, Document, Sample
+from ollatune.data.position import Position, RecordError
+from ollatune.data.protocols import PromptTemplate, SegmentLike, Tokenizer
+from ollatune.data.store import Example
+from ollatune.data.truncate import shortened
+
+Targets = Literal["all", "last"]
+Truncation = Literal["middle", "left", "error"]
+
+_MAX_SHORTENINGS = 8
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example, and what had to be done to it."""
+
+    example: Example
+    num_tokens_before: int
+    is_truncated: bool
+    is_answer_cut: bool = False
+    num_early_ends: int = 0
+    """End-of-generation tokens inside answers, before their end: text that looks like the template's own."""
+
+
+class Renderer:
+    """Renders samples for one base model. Stateless apart from its settings; one per thread or process."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: PromptTemplate,
+        *,
+        max_length: int,
+        targets: Targets = "all",
+        truncation: Truncation = "middle",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_length = max_length
+        self.targets = targets
+        self.truncation = truncation
+
+    def __call__(self, sample: Sample, position: Position) -> Rendered:
+        """Raises RecordError where the sample cannot be rendered or has nothing to learn."""
+        if isinstance(sample, Document):
+            return self._document(sample)
+        return self._conversation(sample, position)
+
+    def _document(self, document: Document, *, is_start: bool = True) -> Rendered:
+        """BOS (if the model is served with one), the text, EOS: every token but BOS is a target."""
+        ids = self.tokenizer.encode(document.text, parse_special=False)
+        mask = [True] * len(ids)
+        if self.tokenizer.add_bos and self.tokenizer.bos_id is not None and is_start:
+            ids, mask = [self.tokenizer.bos_id, *ids], [False, *mask]
+        if document.ends_document and self.tokenizer.eos_id is not None:
+            ids, mask = [*ids, self.tokenizer.eos_id], [*mask, True]
+        example = Example(np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
+        return Rendered(example, len(ids), False)
+
+    def _conversation(self, conversation: Conversation, position: Position) -> Rendered:
+        ids, mask = self._encode(conversation, position)
+        num_tokens_before = len(ids)
+        if num_tokens_before > self.max_length:
+            if self.truncation == "error":
+                raise RecordError(
+                    position,
+                    f"{num_tokens_before} tokens, at most {self.max_length} fit",
+                    "Raise model.context_window, shorten the record, or set data.truncation to middle or left.",
+                )
+            for _ in range(_MAX_SHORTENINGS):
+                ratio = _characters(conversation) / max(1, len(ids))
+                excess = int((len(ids) - self.max_length) * ratio * 1.05) + 8
+                shorter = shortened(conversation, excess, self.truncation)
+                if shorter is None:
+                    break
+                conversation = shorter
+                ids, mask = self._encode(conversation, position)
+                if len(ids) <= self.max_length:
+                    break
+        is_answer_cut = len(ids) > self.max_length
+        if is_answer_cut:
+            ids, mask = self._tail(ids, mask)
+        ids, mask, num_early_ends = self._checked(ids, mask, position)
+        example = Example(np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
+        if not example.num_targets:
+            raise RecordError(position, "no token to learn is left", "Shorten the record.")
+        is_truncated = num_tokens_before > self.max_length
+        return Rendered(example, num_tokens_before, is_truncated, is_answer_cut, num_early_ends)
+
+    def _encode(
+        self, conversation: Conversation, position: Position
+    ) -> tuple[list[int], list[bool]]:
+        """Ids and mask of the whole conversation, BOS once if the model is served with one.
+
+        Pieces are tokenised separately: at serving the prompt is tokenised before there is an answer.
+        """
+        segments = self._segments(conversation, position)
+        ids: list[int] = []
+        mask: list[bool] = []
+        for segment in segments:
+            if segment.text:
+                found = self.tokenizer.encode(segment.text, is_continuation=bool(ids))
+                ids += found
+                mask += [segment.is_target] * len(found)
+        bos = self.tokenizer.bos_id
+        if bos is not None and self.tokenizer.add_bos and ids[:1] != [bos]:
+            ids, mask = [bos, *ids], [False, *mask]
+        while bos is not None and ids[:2] == [bos, bos]:  # the template writes it too
+            ids, mask = ids[1:], mask[1:]
+        if mask and mask[0]:
+            raise RecordError(
+                position,
+                "the template puts nothing before the answer, so its first token cannot be learned",
+                "Use a template with a prompt.",
+            )
+        if not all(m.is_trained for m in conversation.messages):
+            mask = self._without_untrained(conversation, mask, position)
+        return ids, mask
+
+    def _segments(self, conversation: Conversation, position: Position) -> Sequence[SegmentLike]:
+        tools: Any = conversation.tools or None
+        try:
+            return self.template.render_training(conversation.messages, tools, self.targets)
+        except InputError as error:
+            raise RecordError(
+                position,
+                f"the chat template cannot render this record: {error.message.rstrip('.')}",
+                error.hint or "Correct the record, or leave it out.",
+            ) from error
+
+    def _without_untrained(
+        self, conversation: Conversation, mask: list[bool], position: Position
+    ) -> list[bool]:
+        """The mask without the answers whose weight is 0."""
+        runs = _runs(mask)
+        answers = [m for m in conversation.messages if m.role == "assistant"]
+        if self.targets == "last":
+            answers = answers[-1:]
+        if len(runs) != len(answers):
+            raise RecordError(
+                position,
+                "the template joins answers, so a weight of 0 cannot be kept apart",
+                "Remove the weights.",
+            )
+        for (start, end), answer in zip(runs, answers, strict=True):
+            if not answer.is_trained:
+                mask[start:end] = [False] * (end - start)
+        return mask
+
+    def _tail(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+        """The last `max_length` tokens, BOS kept: the end of the answer and its EOS always stay."""
+        keeps_bos = self.tokenizer.add_bos and self.tokenizer.bos_id == ids[0]
+        head = 1 if keeps_bos else 0
+        cut = len(ids) - (self.max_length - head)
+        ids, mask = ids[:head] + ids[cut:], mask[:head] + mask[cut:]
+        mask[0] = False
+        return ids, mask
+
+    def _checked(
+        self, ids: list[int], mask: list[bool], position: Position
+    ) -> tuple[list[int], list[bool], int]:
+        """Every answer must end with a token that ends generation. What follows that token is never generated."""
+        ends = self.tokenizer.end_of_generation_ids
+        num_early = 0
+        for start, end in _runs(mask):
+            found = [at for at in range(start, end) if ids[at] in ends]
+            if not found:
+                raise RecordError(
+                    position,
+                    "the rendered answer does not end with an end-of-generation token, so the model would never stop",
+                    "Use the base model's own template; `ollatune data` shows what is rendered.",
+                )
+            num_early += len(found) - 1
+            for at in range(found[-1] + 1, end):
+                mask[at] = False
+        return ids, mask, num_early
+
+
+def _runs(mask: Sequence[bool]) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive targets."""
+    runs = []
+    start = -1
+    for index, is_target in enumerate(mask):
+        if is_target and start < 0:
+            start = index
+        elif not is_target and start >= 0:
+            runs.append((start, index))
+            start = -1
+    if start >= 0:
+        runs.append((start, len(mask)))
+    return runs
+
+
+def _characters(conversation: Conversation) -> int:
+    return sum(len(message.content) for message in conversation.messages)

@@ -1,0 +1,171 @@
+"""What was found in the data: counts, lengths, and warnings about what usually spoils a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ollatune.data.rejects import Rejections
+from ollatune.data.sources import Split
+from ollatune.data.split import Leakage, Rows, find_leakage, first_of_each
+from ollatune.data.store import TokenStore
+
+_MANY_DUPLICATES = 0.5
+_FEW_TARGETS = 0.02
+_MANY_CUT = 0.1
+_PERCENTILES = (0, 25, 50, 75, 90, 95, 99, 100)
+
+
+@dataclass(frozen=True)
+class SplitStatistics:
+    """Token counts of one split."""
+
+    num_records: int
+    num_tokens: int
+    num_target_tokens: int
+    length_percentiles: dict[str, int]
+
+    @property
+    def target_share(self) -> float:
+        """Target tokens over all tokens."""
+        return self.num_target_tokens / max(1, self.num_tokens)
+
+
+@dataclass
+class RenderCounts:
+    """What rendering had to do, summed over samples."""
+
+    num_truncated: int = 0
+    num_answers_cut: int = 0
+    num_tokens_cut: int = 0
+    longest_before: int = 0
+    num_early_ends: int = 0
+    num_answer_ends: int = 0
+    """End-of-generation tokens that are targets."""
+
+    def add(self, other: RenderCounts) -> None:
+        """Add another worker's counts."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, max(mine, value) if name == "longest_before" else mine + value)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Everything `ollatune data --json` and `run.json` say about a data set."""
+
+    forms: dict[str, str]
+    """Record form of each source."""
+    splits: dict[str, SplitStatistics]
+    rendering: RenderCounts
+    num_duplicates: int
+    num_rejected: int
+    leakage: list[Leakage]
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        value = asdict(self)
+        for name, split in self.splits.items():
+            value["splits"][name]["target_share"] = round(split.target_share, 6)
+        return value
+
+
+def split_statistics(store: TokenStore, rows: Rows) -> SplitStatistics:
+    """Counts over the given rows."""
+    lengths = store.lengths[rows]
+    marks = (
+        [int(v) for v in np.percentile(lengths, _PERCENTILES, method="lower")] if len(rows) else []
+    )
+    return SplitStatistics(
+        len(rows),
+        int(lengths.sum()),
+        int(store.num_targets[rows].sum()),
+        {f"p{p}": v for p, v in zip(_PERCENTILES, marks, strict=bool(marks))},
+    )
+
+
+def make_report(
+    store: TokenStore,
+    splits: dict[Split, Rows],
+    *,
+    forms: Mapping[str, str],
+    rendering: RenderCounts,
+    rejections: Rejections,
+    max_length: int,
+) -> DataReport:
+    """The report on a tokenised data set, warnings included."""
+    statistics: dict[str, SplitStatistics] = {
+        name: split_statistics(store, rows) for name, rows in splits.items() if len(rows)
+    }
+    num_duplicates = len(store) - len(first_of_each(store.digests))
+    leakage = find_leakage(splits, store.digests, store.prompt_digests)
+    report = DataReport(
+        dict(forms), statistics, rendering, num_duplicates, len(rejections.errors), leakage
+    )
+    report.warnings.extend(_warnings(report, len(store), max_length))
+    return report
+
+
+def _warnings(report: DataReport, num_records: int, max_length: int) -> list[str]:
+    found = []
+    rendering = report.rendering
+    if report.num_rejected:
+        found.append(f"{report.num_rejected} bad records were set aside.")
+    if report.num_duplicates:
+        share = report.num_duplicates / num_records
+        strength = "More than half of the records are" if share > _MANY_DUPLICATES else "There are"
+        found.append(
+            f"{strength} exact duplicates: {report.num_duplicates} of {num_records} ({share:.1%}). "
+            "`ollatune preprocess` removes them."
+        )
+    if rendering.num_truncated:
+        share = rendering.num_truncated / num_records
+        advice = " Raise model.context_window or shorten them." if share > _MANY_CUT else ""
+        found.append(
+            f"{rendering.num_truncated} records ({share:.1%}) are longer than {max_length} tokens (the longest has "
+            f"{rendering.longest_before}) and lose {rendering.num_tokens_cut} tokens of context.{advice}"
+        )
+    if rendering.num_answers_cut:
+        found.append(
+            f"{rendering.num_answers_cut} answers are longer than {max_length} tokens by themselves: only their ends "
+            "are trained."
+        )
+    if rendering.num_early_ends:
+        found.append(
+            f"{rendering.num_early_ends} end-of-generation tokens stand inside answers: their text looks like the "
+            "chat template's own markup, and the model learns to stop there."
+        )
+    for leak in report.leakage:
+        if leak.num_same_record:
+            found.append(
+                f"{leak.num_same_record} of {leak.num_rows} {leak.split} records are also in the training data: "
+                "the score on them says nothing."
+            )
+        elif leak.num_same_prompt:
+            found.append(
+                f"{leak.num_same_prompt} of {leak.num_rows} {leak.split} questions are also asked in the training data."
+            )
+    train = report.splits.get("train")
+    if train and train.target_share < _FEW_TARGETS:
+        found.append(f"Only {train.target_share:.1%} of the training tokens are targets.")
+    return found
+
+
+def length_histogram(lengths: npt.NDArray[np.int64], num_bins: int = 12) -> list[dict[str, int]]:
+    """Counts of lengths in bins of equal, round width: [{"from", "to", "count"}, …], upper ends exclusive."""
+    if not len(lengths):
+        return []
+    top = int(lengths.max()) + 1
+    width = max(1, -(-top // num_bins))
+    magnitude = 10 ** max(0, len(str(width)) - 1)
+    width = -(-width // magnitude) * magnitude
+    counts = np.bincount(lengths // width)
+    return [
+        {"from": i * width, "to": (i + 1) * width, "count": int(count)}
+        for i, count in enumerate(counts)
+    ]
