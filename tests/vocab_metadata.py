@@ -31,7 +31,10 @@ _KEY = "tokenizer.ggml."
 
 
 def vocab_metadata(name: str) -> Metadata:
-    """`tokenizer.*` of vocabulary `name` by key, as (value, type). Skips the test where it cannot be fetched."""
+    """`tokenizer.ggml.*` of vocabulary `name` by key, as (value, type); no chat template, as not all parse everywhere.
+
+    Skips the test where the vocabulary cannot be fetched.
+    """
     if name.startswith("ggml:"):
         return _from_file(name.removeprefix("ggml:"))
     folder = hf_tokenizer_dir(name)
@@ -45,7 +48,7 @@ def _from_file(name: str) -> Metadata:
         return {
             key: (file.metadata[key], gguf.GGUFValueType(file.metadata_type(key)))
             for key in file.metadata
-            if key.startswith("tokenizer.")
+            if key.startswith(_KEY)
         }
 
 
@@ -67,7 +70,7 @@ def _convert(name: str, tokenizer: dict[str, Any], config: dict[str, Any]) -> Me
         f"{_KEY}pre": (PRE_TOKENIZERS.get(name, "default"), kinds.STRING),
         f"{_KEY}tokens": (tokens, kinds.ARRAY),
         f"{_KEY}token_type": (types, kinds.ARRAY),
-        f"{_KEY}add_bos_token": (_adds_bos(tokenizer), kinds.BOOL),
+        f"{_KEY}add_bos_token": (_adds_bos(tokenizer, config), kinds.BOOL),
     }
     merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
     if name in SENTENCEPIECE:
@@ -81,15 +84,12 @@ def _convert(name: str, tokenizer: dict[str, Any], config: dict[str, Any]) -> Me
     for role, key in roles.items():
         if config.get(role) in ids:
             metadata[f"{_KEY}{key}_token_id"] = (ids[config[role]], kinds.UINT32)
-    if isinstance(config.get("chat_template"), str):
-        metadata["tokenizer.chat_template"] = (config["chat_template"], kinds.STRING)
     return metadata
 
 
-def _adds_bos(tokenizer: dict[str, Any]) -> bool:
-    return "bos" in json.dumps(tokenizer["post_processor"]) or "<s>" in json.dumps(
-        tokenizer["post_processor"]
-    )
+def _adds_bos(tokenizer: dict[str, Any], config: dict[str, Any]) -> bool:
+    bos = config.get("bos_token")
+    return bool(bos) and json.dumps(bos) in json.dumps(tokenizer["post_processor"])
 
 
 def _finish_sentencepiece(tokens: list[str], types: list[int], ids: dict[str, int]) -> None:
