@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 VOCABULARY_SIZE = 320
-"""256 bytes, control tokens and filler: the size of the built-in vocabulary."""
+"""ASCII, two control tokens and words: the size of the built-in vocabulary."""
 
-BOS_ID, EOS_ID = 256, 257
+BOS_ID, EOS_ID = 128, 129
 
 
 @dataclass(frozen=True)
@@ -138,20 +138,20 @@ RECIPES: dict[str, Recipe] = {
     "phi3-longrope": Recipe(
         "phi3",
         {
-            "original_max_position_embeddings": 128,
+            "original_max_position_embeddings": 256,
             "rope_parameters": {
                 "rope_type": "longrope",
                 "rope_theta": 10000.0,
                 "partial_rotary_factor": 0.75,
                 "short_factor": _SHORT_FACTORS,
                 "long_factor": _LONG_FACTORS,
-                "original_max_position_embeddings": 128,
+                "original_max_position_embeddings": 256,
                 "attention_factor": 1.19,
             },
         },
         {
             "rope.dimension_count": 12,
-            "rope.scaling.original_context_length": 128,
+            "rope.scaling.original_context_length": 256,
             "rope.scaling.attn_factor": 1.19,
         },
     ),
@@ -191,11 +191,11 @@ def tiny_model(
     """Write a tiny random model and return it with the Transformers model it came from (its weights unquantised).
 
     `tokenizer`: metadata by key as (value, gguf.GGUFValueType), as in a real file's `tokenizer.*`; without it a
-    byte-level vocabulary of VOCABULARY_SIZE. `tensor_type`: of the matrices; rows that are no whole number of its
+    vocabulary of VOCABULARY_SIZE. `tensor_type`: of the matrices; rows that are no whole number of its
     blocks, and everything one-dimensional, are F32. `hidden_size`: 256 for the K-quants.
     """
     plan = RECIPES[recipe]
-    tokens = tokenizer or byte_vocabulary()
+    tokens = tokenizer or ascii_vocabulary()
     num_tokens = len(tokens["tokenizer.ggml.tokens"][0])
     model = _random_model(plan, num_tokens, hidden_size, seed)
     path = folder / f"{recipe}-{tensor_type.lower()}-{seed}.gguf"
@@ -213,32 +213,33 @@ def tiny_model(
 
 
 @functools.cache
-def byte_vocabulary() -> dict[str, tuple[Any, Any]]:
-    """A byte-level BPE vocabulary without merges: 256 bytes, BOS, EOS, and filler up to VOCABULARY_SIZE."""
-    tokens = [_byte_symbols()[byte] for byte in range(256)] + ["<bos>", "<eos>"]
-    tokens += [f"<filler{index}>" for index in range(VOCABULARY_SIZE - len(tokens))]
+def ascii_vocabulary() -> dict[str, tuple[Any, Any]]:
+    """A byte-level BPE vocabulary without merges: ASCII, BOS, EOS, and words up to VOCABULARY_SIZE.
+
+    No token is a part of a character: llama.cpp's server reports no probabilities beside half a character.
+    """
+    symbols = [chr(byte) if 33 <= byte < 127 else chr(256 + byte) for byte in range(127)]
+    symbols += [
+        chr(289)
+    ]  # GPT-2's symbols: itself if printable, else counted on from 256; DEL follows space
+    words = [f"word{index}" for index in range(VOCABULARY_SIZE - len(symbols) - 2)]
     kinds = gguf.GGUFValueType
-    types = [int(gguf.TokenType.NORMAL)] * 256
-    types += [int(gguf.TokenType.CONTROL)] * (VOCABULARY_SIZE - 256)
+    control = int(gguf.TokenType.CONTROL)
+    types = [int(gguf.TokenType.NORMAL)] * VOCABULARY_SIZE
+    types[BOS_ID] = types[EOS_ID] = control
     return {
         "tokenizer.ggml.model": ("gpt2", kinds.STRING),
         "tokenizer.ggml.pre": ("gpt-2", kinds.STRING),
-        "tokenizer.ggml.tokens": (tokens, kinds.ARRAY),
+        "tokenizer.ggml.tokens": ([*symbols, "<bos>", "<eos>", *words], kinds.ARRAY),
         "tokenizer.ggml.token_type": (types, kinds.ARRAY),
-        # llama.cpp insists on a list; this one joins two bytes that stand next to each other in no UTF-8 text
-        "tokenizer.ggml.merges": (["ÿ ÿ"], kinds.ARRAY),
+        "tokenizer.ggml.merges": (
+            ["w o"],
+            kinds.ARRAY,
+        ),  # llama.cpp insists on a list that is not empty
         "tokenizer.ggml.bos_token_id": (BOS_ID, kinds.UINT32),
         "tokenizer.ggml.eos_token_id": (EOS_ID, kinds.UINT32),
         "tokenizer.ggml.add_bos_token": (False, kinds.BOOL),
     }
-
-
-def _byte_symbols() -> dict[int, str]:
-    """GPT-2's printable character for each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols = {byte: chr(byte) for byte in printable}
-    others = [byte for byte in range(256) if byte not in symbols]
-    return symbols | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
 # ----- the source: a Transformers model --------------------------------------------------------------------------
