@@ -1,0 +1,244 @@
+"""The Jinja environment of chat templates, usable in this process and, run as a script, in a limited child process.
+
+Renders exactly what Transformers' `apply_chat_template` renders: the same sandbox class, block trimming, extensions,
+`tojson`, `raise_exception`, `strftime_now`, and its restricted `dict` and `namespace`. On top of that a template is
+refused that works without end, grows values without bound, or reaches for Python's internals.
+
+This file imports nothing of the project and little else, so that a child that runs it starts quickly.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+ADDRESS_SPACE_BYTES = 1 << 30
+CPU_SECONDS = 5
+OUTPUT_CHARACTERS = 1_000_000
+OUTPUT_PER_INPUT_CHARACTER = 16
+_STEPS = 500_000
+_STEPS_BETWEEN_CLOCKS = 1024
+_REPEATED_ITEMS = 1_000_000
+_NUMBER_BITS = 4096
+_WIDTH = 10_000
+_WIDE_FORMAT = re.compile(r"\d{5}")
+_WIDTH_METHODS = frozenset(["center", "expandtabs", "ljust", "rjust", "zfill"])
+
+
+def make_environment(now: datetime.datetime) -> Any:
+    """A sandboxed environment whose `strftime_now` tells `now`. Its templates are rendered by `render`."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """`{% generation %}` marks what a model wrote; here it only groups its body, as a call block does."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_body")
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _body(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    class GuardedEnvironment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["*", "**", "%"])
+
+        def start(self) -> None:
+            self.steps = 0
+            self.deadline = time.monotonic() + CPU_SECONDS
+
+        def count_step(self) -> None:
+            """Called at the start of every loop body and macro."""
+            self.steps += 1
+            if self.steps > _STEPS:
+                raise SecurityError(f"it loops more than {_STEPS} times")
+            if self.steps % _STEPS_BETWEEN_CLOCKS == 0 and time.monotonic() > self.deadline:
+                raise SecurityError(f"it runs longer than {CPU_SECONDS} seconds")
+
+        def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
+            tree = super()._parse(source, name, filename)
+            for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+                body: list[nodes.Node] = node.body  # type: ignore[attr-defined]
+                step = nodes.Call(nodes.EnvironmentAttribute("count_step"), [], [], None, None)
+                statement = nodes.ExprStmt(step, lineno=node.lineno)
+                body.insert(0, statement.set_lineno(node.lineno).set_environment(self))
+            return tree
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            _check_size(operator, left, right, SecurityError)
+            return super().call_binop(context, operator, left, right)
+
+        def call(self, context: Any, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+            method = getattr(target, "__name__", "")
+            if method in _WIDTH_METHODS and any(_is_wide(arg) for arg in args):
+                raise SecurityError(f"it pads text to more than {_WIDTH} characters")
+            return super().call(context, target, *args, **kwargs)
+
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+            raise SecurityError(f"it reaches for `{attribute}` of a {type(obj).__name__}")
+
+    class TemplateDict:
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args)
+
+    class TemplateNamespace(Namespace):
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            self, *rest = args
+            values = dict(*rest, **kwargs)
+            for name in values:
+                _check_name(name)
+            Namespace.__init__(self, values)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check_name(name)
+            super().__setitem__(name, value)
+
+    def _check_name(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"it stores `{name}` on a namespace")
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = GuardedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(
+        raise_exception=raise_exception,
+        strftime_now=now.strftime,
+        dict=TemplateDict(),
+        namespace=TemplateNamespace,
+    )
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Transformers' `tojson`: plain JSON, without Jinja's escaping for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _is_wide(argument: Any) -> bool:
+    return isinstance(argument, int) and argument > _WIDTH
+
+
+def _check_size(operator: str, left: Any, right: Any, refusal: type[Exception]) -> None:
+    """Raise `refusal` where the result of a multiplication, power or formatting would be huge."""
+    if operator == "%":
+        if isinstance(left, str) and _WIDE_FORMAT.search(left):
+            raise refusal(f"it formats text wider than {_WIDTH} characters")
+        return
+    for sized, factor in ((left, right), (right, left)):
+        if isinstance(sized, str | list | tuple) and isinstance(factor, int):
+            if len(sized) * factor > _REPEATED_ITEMS:
+                raise refusal(f"it repeats a value to more than {_REPEATED_ITEMS} items")
+            return
+    if isinstance(left, int) and isinstance(right, int):
+        bits = (
+            left.bit_length() * right
+            if operator == "**"
+            else left.bit_length() + right.bit_length()
+        )
+        if bits > _NUMBER_BITS:
+            raise refusal(f"it computes a number of more than {_NUMBER_BITS} bits")
+
+
+def render(template: Any, variables: Mapping[str, Any], input_characters: int) -> str:
+    """Render a compiled template. Raises jinja2.TemplateError, SecurityError too, and what the template provokes."""
+    from jinja2.exceptions import SecurityError
+
+    environment = template.environment
+    environment.start()
+    limit = OUTPUT_CHARACTERS + OUTPUT_PER_INPUT_CHARACTER * input_characters
+    pieces: list[str] = []
+    written = 0
+    for piece in template.root_render_func(template.new_context(dict(variables))):
+        pieces.append(piece)
+        written += len(piece)
+        if written > limit:
+            raise SecurityError(f"it writes more than {limit} characters")
+    return "".join(pieces)
+
+
+def limit_this_process() -> None:
+    """Cap this process's memory and processor time, and let it write no file. Does what the system offers."""
+    try:
+        import resource
+    except ImportError:  # Windows: the parent's timeout is the only limit there
+        return
+    for limit, value in (
+        (resource.RLIMIT_AS, ADDRESS_SPACE_BYTES),
+        (resource.RLIMIT_CPU, CPU_SECONDS),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        try:
+            _, hard = resource.getrlimit(limit)
+            bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(limit, (bound, bound))
+        except (OSError, ValueError):  # a system that knows the limit but not this value
+            continue
+
+
+def try_template(request: Mapping[str, Any]) -> dict[str, str]:
+    """Compile and render in this process; `{"refused": reason}` where the template must not be used, else `{}`."""
+    from jinja2 import TemplateError
+    from jinja2.exceptions import SecurityError
+
+    environment = make_environment(datetime.datetime.fromisoformat(request["now"]))
+    try:
+        template = environment.from_string(request["template"])
+    except SecurityError as error:
+        return {"refused": str(error)}
+    except TemplateError as error:
+        return {"refused": f"it does not parse: {error}"}
+    for variables in request["conversations"]:
+        try:
+            render(template, variables, len(json.dumps(variables)))
+        except (SecurityError, MemoryError, RecursionError, OverflowError) as error:
+            return {"refused": str(error) or type(error).__name__}
+        except (TemplateError, TypeError) as error:
+            # A template may refuse a conversation (roles that do not alternate, say); it is safe all the same.
+            if isinstance(error, TypeError) and "loader" in str(error):
+                return {"refused": "it includes or imports another template"}
+        except Exception:
+            continue
+    return {}
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    sys.path[:0] = request["paths"]
+    limit_this_process()
+    try:
+        answer = try_template(request)
+    except MemoryError:
+        answer = {"refused": "it needs too much memory"}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()
