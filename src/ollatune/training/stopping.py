@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,7 @@ class OverfittingWatch:
         if self.patience is None or len(self.history) <= self.patience:
             return None
         recent = self.history[-self.patience - 1 :]
-        pairs = list(zip(recent, recent[1:], strict=False))
+        pairs = list(itertools.pairwise(recent))
         if not all(new[1] > old[1] and new[0] < old[0] for old, new in pairs):
             return None
         gap = val_loss - train_loss

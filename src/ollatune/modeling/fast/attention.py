@@ -55,16 +55,18 @@ def segment_attention(
     Returns:
         [1, T, H, D] and None (no weights).
     """
-    lengths = segment_lengths or [query.shape[2]]
     window = sliding_window or getattr(module, "sliding_window", None)
-    pieces = [
-        attend(q, k, v, scaling=scaling, window=window, softcap=softcap, dropout=dropout)
-        for q, k, v in zip(
-            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-        )
-    ]
-    output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-    return output.transpose(1, 2), None
+    settings: dict[str, Any] = {
+        "scaling": scaling,
+        "window": window,
+        "softcap": softcap,
+        "dropout": dropout,
+    }
+    if segment_lengths is None or len(segment_lengths) == 1:
+        return attend(query, key, value, **settings).transpose(1, 2), None
+    parts = (torch.split(tensor, segment_lengths, 2) for tensor in (query, key, value))
+    pieces = [attend(q, k, v, **settings) for q, k, v in zip(*parts, strict=True)]
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
 def attend(

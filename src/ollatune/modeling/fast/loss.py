@@ -112,3 +112,18 @@ def head_loss_sum(
     """
     weight = head.weight if isinstance(head, nn.Linear) and head.weight.requires_grad else None
     return cast(Tensor, cast(Any, _HeadLoss).apply(hidden_ND, weight, head, targets_N, settings))
+
+
+@torch.no_grad()
+def head_evaluate(
+    hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, settings: HeadSettings
+) -> tuple[float, int]:
+    """Loss sum without smoothing, and how many targets are the likeliest token."""
+    plain = HeadSettings(settings.softcap)
+    rows = max(1, CHUNK_LOGITS // cast(int, cast(Any, head).out_features))
+    loss_sum, num_correct = 0.0, 0
+    for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
+        logits_nV = frozen_forward(head, hidden)
+        loss_sum += float(_chunk_loss(logits_nV, targets, plain, False)[0])
+        num_correct += int((logits_nV.argmax(1) == targets).sum())
+    return loss_sum, num_correct

@@ -1,0 +1,137 @@
+"""One packed micro-batch through the model to its loss: the step that training, validation and probing share.
+
+A row is T tokens of one or more examples end to end, each without its last token (nothing is predicted from it).
+`target_positions_N` are the row positions from which `target_ids_N` are predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ollatune.modeling.fast.attention import register_attention
+from ollatune.modeling.fast.loss import HeadSettings, head_evaluate, head_loss_sum
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Tensors of one micro-batch (see the module's docstring). `segment_lengths` sum to T."""
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    segment_lengths: list[int]
+    target_positions_N: Tensor
+    target_ids_N: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids_T.shape[0])
+
+    @property
+    def num_targets(self) -> int:
+        return int(self.target_ids_N.shape[0])
+
+    def to(self, device: torch.device) -> PackedRow:
+        return PackedRow(
+            self.input_ids_T.to(device),
+            self.position_ids_T.to(device),
+            self.segment_lengths,
+            self.target_positions_N.to(device),
+            self.target_ids_N.to(device),
+        )
+
+
+class CausalStep:
+    """Runs packed rows through `model` (a Transformers causal language model, adapted or not).
+
+    Args:
+        model: its attention is switched to the packed one.
+        label_smoothing: used by `loss_sum` only.
+    """
+
+    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0) -> None:
+        self.model = model
+        config = cast(Any, model).config
+        config._attn_implementation = register_attention()
+        self.backbone: nn.Module = cast(Any, model).model
+        self.head: nn.Module = cast(Any, model).lm_head
+        softcap = getattr(config, "final_logit_softcapping", None)
+        self.settings = HeadSettings(softcap, label_smoothing)
+
+    def hidden(self, row: PackedRow) -> Tensor:
+        """Final hidden states at the target positions: [N, D]."""
+        output = self.backbone(
+            input_ids=row.input_ids_T[None],
+            position_ids=row.position_ids_T[None],
+            segment_lengths=row.segment_lengths,
+            use_cache=False,
+        )
+        hidden_TD = cast(Tensor, output[0])[0]
+        return hidden_TD.index_select(0, row.target_positions_N)
+
+    def loss_sum(self, row: PackedRow) -> Tensor:
+        """Sum of the cross-entropy over the row's targets, with gradient."""
+        return head_loss_sum(self.hidden(row), self.head, row.target_ids_N, self.settings)
+
+    @torch.no_grad()
+    def evaluate(self, row: PackedRow) -> tuple[float, int]:
+        """Loss sum and number of correct next tokens over the row's targets."""
+        return head_evaluate(self.hidden(row), self.head, row.target_ids_N, self.settings)
+
+    @torch.no_grad()
+    def next_token_logprobs(self, token_ids: list[int]) -> Tensor:
+        """log p of every next token after every position: [T, V] in fp32, softcap applied."""
+        device = next(self.model.parameters()).device
+        ids_T = torch.tensor(token_ids, device=device)
+        row = PackedRow(
+            ids_T, torch.arange(len(token_ids), device=device), [len(token_ids)],
+            torch.arange(len(token_ids), device=device), ids_T,
+        )  # fmt: skip
+        logits_TV = cast(Tensor, self.head(self.hidden(row))).float()
+        if self.settings.softcap is not None:
+            logits_TV = torch.tanh(logits_TV / self.settings.softcap) * self.settings.softcap
+        return torch.log_softmax(logits_TV, dim=-1)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside the block, the earlier mode restored after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def generate_greedy(
+    model: nn.Module, prompt_ids: list[int], *, max_new_tokens: int, stop_ids: frozenset[int]
+) -> list[int]:
+    """The likeliest continuation of `prompt_ids`, without the stop token that ended it."""
+    from transformers import DynamicCache
+
+    backbone, head = cast(Any, model).model, cast(Any, model).lm_head
+    device = next(model.parameters()).device
+    cache = DynamicCache(config=cast(Any, model).config)
+    ids, generated = torch.tensor([prompt_ids], device=device), list[int]()
+    position = 0
+    with evaluation_mode(model):
+        while len(generated) < max_new_tokens:
+            positions = torch.arange(position, position + ids.shape[1], device=device)[None]
+            hidden = backbone(
+                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+            )[0]
+            position += ids.shape[1]
+            # Soft-capping is monotone: it never changes which token is likeliest.
+            token = int(head(hidden[:, -1]).argmax())
+            if token in stop_ids:
+                break
+            generated.append(token)
+            ids = torch.tensor([[token]], device=device)
+    return generated

@@ -1,0 +1,218 @@
+"""Between a run and its checkpoints: what is put in, what is taken out, which changed settings may go on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ollatune.base.errors import InputError, UsageError
+from ollatune.base.faults import fault_point
+from ollatune.base.files import free_bytes, staged_file
+from ollatune.base.log import get_logger
+from ollatune.checkpoint.format import Checkpoint, write_checkpoint
+from ollatune.checkpoint.store import CheckpointStore
+from ollatune.modeling.lora import adapter_state, load_adapter_state, lora_layers
+from ollatune.training.environment import package_versions
+from ollatune.training.loop import TrainingRun
+from ollatune.training.run_folder import utc_now
+from ollatune.training.state import RunState, random_states, restore_random_states
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that training changes, on the CPU: the adapter, or every trained weight once."""
+    if lora_layers(model):
+        state = adapter_state(model)
+    else:
+        state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """The reverse of `trained_state`. Raises UsageError where names or shapes differ."""
+    if lora_layers(model):
+        load_adapter_state(model, state)
+        return
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if own.keys() != state.keys():
+        differing = sorted(own.keys() ^ state.keys())
+        raise UsageError(
+            f"The checkpoint does not fit this model: {len(differing)} weights differ, such as {differing[0]}.",
+            hint="Resume with the base model and method it was trained with.",
+        )
+    for name, parameter in own.items():
+        parameter.copy_(state[name])
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint says about its run."""
+
+    run_id: str
+    config: dict[str, Any]
+    base: dict[str, Any]
+    data_digest: str
+
+
+def make_checkpoint(
+    run: TrainingRun, identity: Identity, *, with_optimizer: bool = True
+) -> Checkpoint:
+    """The whole state of `run`. Without the optimiser it can be exported but not resumed."""
+    state = run.state
+    return Checkpoint(
+        epoch=state.epoch,
+        step=state.step,
+        model_state_dict=trained_state(run.model),
+        optimizer_state_dict=run.optimizer.state_dict() if with_optimizer else {},
+        scheduler_state_dict={"step": state.step, "name": run.schedule.name},
+        train_loss=state.train_loss,
+        val_loss=state.val_loss,
+        config=identity.config,
+        timestamp=utc_now(),
+        run_id=identity.run_id,
+        base=identity.base,
+        resume={
+            "state": state.as_dict(),
+            "random": random_states(run.device),
+            "early_stopping": run.early_stopping.state(),
+            "overfitting": run.overfitting.state(),
+            "dropout": [layer.dropout for layer in lora_layers(run.model).values()],
+            "data_digest": identity.data_digest,
+        }
+        if with_optimizer
+        else {},
+        versions=package_versions(),
+    )
+
+
+def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
+    """Put `run` into exactly the state that `checkpoint` was made in. Raises InputError or UsageError."""
+    if not checkpoint.resume:
+        raise InputError(
+            "This checkpoint holds weights only (best_model.pt does); it cannot be resumed.",
+            hint="Resume from a file under checkpoints/, or with --resume auto.",
+        )
+    load_trained_state(run.model, checkpoint.model_state_dict)
+    run.optimizer.load_state_dict(checkpoint.optimizer_state_dict)
+    run.state = RunState(**checkpoint.resume["state"])
+    run.early_stopping.load(checkpoint.resume["early_stopping"])
+    run.overfitting.load(checkpoint.resume["overfitting"])
+    for layer, dropout in zip(
+        lora_layers(run.model).values(), checkpoint.resume["dropout"], strict=False
+    ):
+        layer.dropout = dropout
+    restore_random_states(checkpoint.resume["random"], run.device)
+
+
+class Saver:
+    """Writes checkpoints and the best model of one run."""
+
+    def __init__(self, store: CheckpointStore, best_path: Path, identity: Identity) -> None:
+        self.store = store
+        self.best_path = best_path
+        self.identity = identity
+
+    def save(self, run: TrainingRun, name: str, is_best: bool) -> None:
+        """Write checkpoint `name`, and best_model.pt if it is the best so far. Raises StorageError."""
+        if is_best:
+            best = make_checkpoint(run, self.identity, with_optimizer=False)
+            fault_point("save.before_best")
+            with staged_file(self.best_path) as stream:
+                write_checkpoint(best, stream)
+        checkpoint = make_checkpoint(run, self.identity)
+        fault_point("save.before_checkpoint")
+        path = self.store.save(checkpoint, name)
+        fault_point("save.after_checkpoint")
+        get_logger("training").debug("Saved %s%s.", path, " (best so far)" if is_best else "")
+
+
+def checkpoint_bytes(run: TrainingRun) -> int:
+    """Size of one checkpoint: the trained tensors, and Adam's two moments of each."""
+    return 3 * sum(p.numel() * p.element_size() for p in run.parameters) + (1 << 20)
+
+
+def require_disk(run: TrainingRun, folder: Path, keep: int) -> None:
+    """Raise StorageError before the run when its checkpoints will not fit."""
+    needed = checkpoint_bytes(run) * (keep + 2)
+    free = free_bytes(folder)
+    if free < needed:
+        from ollatune.base.errors import StorageError
+        from ollatune.base.text import format_bytes
+
+        raise StorageError(
+            f"{folder}: this run's checkpoints need {format_bytes(needed)}, {format_bytes(free)} are free.",
+            hint="Free some space, choose another --output, or lower training.keep_checkpoints.",
+        )
+
+
+FREE_KEYS = (
+    "training.keep_checkpoints", "training.checkpoint_every_steps", "training.evaluate_every_steps",
+    "training.early_stopping_patience", "training.early_stopping_min_delta", "training.on_non_finite",
+    "training.overfitting_patience", "training.overfitting_raise_dropout", "training.max_steps",
+    "validation.", "export.", "ollama.", "output.", "distributed.",
+    "training.activation_checkpointing", "training.fast_path", "training.compile", "advanced.share_prefixes",
+)  # fmt: skip
+WARN_KEYS = (
+    "training.epochs", "training.learning_rate", "training.scheduler", "training.scheduler_power",
+    "training.warmup_steps", "training.warmup_fraction", "training.min_learning_rate_fraction",
+    "training.weight_decay", "training.max_grad_norm", "training.batch_size",
+    "training.gradient_accumulation_steps", "training.adam_", "training.label_smoothing",
+    "training.deterministic", "advanced.lora_dropout", "advanced.distill", "model.dtype",
+    "model.quantization",
+)  # fmt: skip
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def classify_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[str]]:
+    """Settings that differ between two resolved configurations: `free`, `warn` and `refuse`, each `key: old → new`."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    changes: dict[str, list[str]] = {"free": [], "warn": [], "refuse": []}
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) == after.get(key):
+            continue
+        kind = "refuse"
+        if key.startswith(FREE_KEYS):
+            kind = "free"
+        elif key.startswith(WARN_KEYS):
+            kind = "warn"
+        changes[kind].append(f"{key}: {before.get(key)!r} → {after.get(key)!r}")
+    return changes
+
+
+def check_changes(old: dict[str, Any], new: dict[str, Any], *, force: bool) -> None:
+    """Say which settings changed since the checkpoint. Raises UsageError for those that break the run, unless forced."""
+    changes = classify_changes(old, new)
+    logger = get_logger("training")
+    for change in changes["warn"]:
+        logger.warning(
+            "Changed since the checkpoint: %s. The run will not equal an uninterrupted one.", change
+        )
+    if changes["refuse"] and not force:
+        raise UsageError(
+            "These settings cannot change in the middle of a run: "
+            + "; ".join(changes["refuse"])
+            + ".",
+            hint="Put them back, start a new run in another --output, or insist with --force.",
+        )
+    for change in changes["refuse"]:
+        logger.warning("Changed by force: %s.", change)
+
+
+def copy_previous_best(source: Path, target: Path) -> None:
+    """Bring best_model.pt along when a run is resumed into another output folder."""
+    if source.is_file() and not target.exists():
+        with source.open("rb") as reader, staged_file(target) as writer:
+            shutil.copyfileobj(reader, writer)

@@ -1,0 +1,177 @@
+"""The machine a run is on: device, number type, threads, versions, memory; and the code it was run from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ollatune.base.errors import UsageError
+from ollatune.base.log import get_logger
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BF16_MINIMUM_GAIN = 1.2
+_PROBE_SHAPE = (256, 768, 2048)
+_PACKAGES = (
+    "ollatune",
+    "torch",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
+
+
+def choose_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def choose_dtype(setting: str, device: torch.device) -> tuple[str, str]:
+    """The computation type for `setting` and the reason, e.g. ("fp32", "no bf16 instructions").
+
+    `auto` takes bf16 only where the processor has instructions for it *and* it is measured to be faster: some
+    processors lose with it. Raises UsageError for fp16 on a CPU.
+    """
+    if setting == "fp16" and device.type == "cpu":
+        raise UsageError(
+            "model.dtype: fp16 does not train on a CPU.", hint="Choose auto, bf16 or fp32."
+        )
+    if setting != "auto":
+        return setting, "configured"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return "bf16", "this GPU has bf16"
+        return "fp32", "this GPU has no bf16"
+    if not _cpu_has_bf16():
+        return "fp32", "no bf16 instructions"
+    gain = _measured_bf16_gain()
+    name = "bf16" if gain >= _BF16_MINIMUM_GAIN else "fp32"
+    return name, f"bf16 measured {gain:.1f}x as fast"
+
+
+def _cpu_has_bf16() -> bool:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(supported and supported()) and _cpu_flag("avx512_bf16", "amx_bf16", "bf16")
+
+
+def _cpu_flag(*names: str) -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True  # no list of flags on this system: the measurement decides
+    flags = {
+        word
+        for line in text.splitlines()
+        if line.startswith(("flags", "Features"))
+        for word in line.split()
+    }
+    return any(name in flags for name in names)
+
+
+def _measured_bf16_gain() -> float:
+    rows, inner, columns = _PROBE_SHAPE
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, weight = (
+            torch.ones(rows, inner, dtype=dtype),
+            torch.ones(columns, inner, dtype=dtype),
+        )
+        best = float("inf")
+        for _ in range(6):
+            started = time.perf_counter()
+            functional.linear(inputs, weight)
+            best = min(best, time.perf_counter() - started)
+        seconds[dtype] = best
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def configure_threads() -> int:
+    """Use as many threads as this process may run on, unless OMP_NUM_THREADS says otherwise; returns the number."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        usable = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
+        torch.set_num_threads(max(1, usable or 1))
+    return torch.get_num_threads()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run's numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def git_commit() -> str | None:
+    """Commit of the working directory, with `+changes` where it is not clean; None outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the run computed on."""
+    described: dict[str, Any] = {
+        "system": platform.platform(),
+        "processor": _processor_name(),
+        "num_threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+        described["gpu_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    return described
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory so far: of the GPU's allocator on CUDA, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def log_environment(device: torch.device, dtype: str, reason: str, num_threads: int) -> None:
+    get_logger("training").info(
+        "Computing on %s in %s (%s), %d threads.", device, dtype, reason, num_threads
+    )
