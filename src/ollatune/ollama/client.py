@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from typing_extensions import Self
 
+from ollatune.base.errors import UsageError
 from ollatune.base.log import get_logger
 from ollatune.ollama.answers import (
     Generation,
@@ -26,6 +27,8 @@ from ollatune.ollama.names import ModelName, digest_hex
 from ollatune.ollama.session import Call, Limits, Session
 from ollatune.ollama.upload import upload_blob
 from ollatune.ollama.versions import ServerVersion
+
+_Made = TypeVar("_Made")
 
 
 class OllamaClient:
@@ -55,6 +58,11 @@ class OllamaClient:
             clock=clock,
         )
         self._version: ServerVersion | None = None
+        if api_key and not self.endpoint.may_carry_key:
+            raise UsageError(
+                f"The API key is not sent to {self.endpoint.url}: the connection is not encrypted.",
+                hint="Use https://, or leave the key out.",
+            )
         if not self.endpoint.is_loopback:
             get_logger("ollama").info("Using the Ollama server at %s", self.endpoint.url)
 
@@ -110,17 +118,20 @@ class OllamaClient:
     def list(self) -> Sequence[ListedModel]:
         """The models the server has, newest first."""
         call = Call("GET", "/api/tags", "list its models")
-        return [ListedModel.of(row) for row in _rows(self.session.fetch(call), call)]
+        answer = self.session.fetch(call)
+        return _made(lambda: [ListedModel.of(row) for row in answer["models"] or []], call.doing)
 
     def ps(self) -> Sequence[RunningModel]:
         """The models that are loaded now."""
         call = Call("GET", "/api/ps", "list the loaded models")
-        return [RunningModel.of(row) for row in _rows(self.session.fetch(call), call)]
+        answer = self.session.fetch(call)
+        return _made(lambda: [RunningModel.of(row) for row in answer["models"] or []], call.doing)
 
     def show(self, name: str) -> ShownModel:
         """What the server knows of a model. Raises ModelMissing."""
         call = Call("POST", "/api/show", f"show `{name}`", body={"model": _sent(name)})
-        return ShownModel.of(name, self.session.fetch(call))
+        answer = self.session.fetch(call)
+        return _made(lambda: ShownModel.of(name, answer), call.doing)
 
     def has(self, name: str) -> bool:
         """Whether the server has the model."""
@@ -164,8 +175,10 @@ class OllamaClient:
 
     def delete(self, name: str) -> None:
         """Remove a model from the server. Raises ModelMissing."""
-        call = Call("DELETE", "/api/delete", f"delete `{name}`", body={"model": _sent(name)}, may_repeat=False)  # fmt: skip
-        self.session.fetch(call)
+        body = {"model": _sent(name)}
+        self.session.fetch(
+            Call("DELETE", "/api/delete", f"delete `{name}`", body=body, may_repeat=False)
+        )
 
     # --- blobs ---
 
@@ -184,11 +197,13 @@ class OllamaClient:
 
     def generate(self, model: str, prompt: str, **options: Any) -> Generation:
         """Complete a prompt; the whole answer. Keywords as for `stream_generate`."""
-        return Generation.of(list(self.stream_generate(model, prompt, **options)))
+        parts = list(self.stream_generate(model, prompt, **options))
+        return _made(lambda: Generation.of(parts), f"generate with `{model}`")
 
     def chat(self, model: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """Answer a conversation; the whole answer. Keywords as for `stream_chat`."""
-        return Generation.of(list(self.stream_chat(model, messages, **options)))
+        parts = list(self.stream_chat(model, messages, **options))
+        return _made(lambda: Generation.of(parts), f"chat with `{model}`")
 
     def stream_generate(
         self, model: str, prompt: str, *, logprobs: int | None = None, **fields: Any
@@ -229,7 +244,8 @@ class OllamaClient:
     def load(self, model: str, **fields: Any) -> None:
         """Load a model without generating. Raises OllamaError where it does not run."""
         body = {"model": _sent(model), "messages": [], "stream": False, **fields}
-        self.session.fetch(Call("POST", "/api/chat", f"load `{model}`", body=body, is_work=True))
+        call = Call("POST", "/api/chat", f"load `{model}`", body=body, starts_slowly=True)
+        self.session.fetch(call)
 
     def unload(self, model: str) -> None:
         """Free the memory that a model takes."""
@@ -245,7 +261,8 @@ class OllamaClient:
             self.require(self.version().has_logprobs, "give log-probabilities", "0.12.11")
             body = {**body, "logprobs": True, "top_logprobs": logprobs}
         is_done = False
-        for part in self.session.events(Call("POST", path, doing, body={**body, "stream": True})):
+        call = Call("POST", path, doing, body={**body, "stream": True}, starts_slowly=True)
+        for part in self.session.events(call):
             is_done = bool(part.get("done"))
             yield part
         if not is_done:
@@ -273,11 +290,11 @@ class OllamaClient:
                     f"ended after `{status or 'nothing'}` instead of `success`",
                     "",
                     doing=call.doing,
+                    is_cut=True,
                 )
             except OllamaError as error:
                 left -= 1
-                # What the server itself reports is final; only a lost connection is worth another try.
-                if error.server_text or error.status is not None or left <= 0:
+                if not error.is_cut or left <= 0:  # what the server itself reports is final
                     raise
                 waits = self.session.limits.retry_waits_seconds
                 self.session.pause(waits[min(attempts - left, len(waits)) - 1])
@@ -289,10 +306,9 @@ def _sent(name: str) -> str:
     return name
 
 
-def _rows(answer: Mapping[str, Any], call: Call) -> Sequence[Mapping[str, Any]]:
-    rows = answer.get("models")
-    if rows is None:
-        rows = []
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise garbled("has no list of models", str(answer), doing=call.doing)
-    return rows
+def _made(make: Callable[[], _Made], doing: str) -> _Made:
+    """What `make` makes of an answer. Raises GarbledAnswer where the answer's parts are not of the right kind."""
+    try:
+        return make()
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise garbled(f"lacks something or has it wrong ({error!r})", "", doing=doing) from error
