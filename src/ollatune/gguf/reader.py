@@ -77,6 +77,16 @@ class GGUFFile:
             raise GGUFError(self.path, None, printable(name), "the file has been closed")
         return np.frombuffer(self._content, np.uint8, info.size_bytes, info.offset)
 
+    def release_pages(self, name: str) -> None:
+        """Let the system take back the memory that holds tensor `name`; reading it again is still possible."""
+        if not hasattr(mmap, "MADV_DONTNEED") or self._content.closed:
+            return
+        info = self.tensor(name)
+        first = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = info.offset + info.size_bytes - first
+        if length > 0:
+            self._content.madvise(mmap.MADV_DONTNEED, first, length)
+
     def metadata_record(self, key: str) -> bytes:
         """The exact bytes of one record: key, type and value. Raises GGUFError where there is none."""
         return self._metadata.record_bytes(key)

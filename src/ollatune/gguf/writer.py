@@ -101,10 +101,12 @@ def write_gguf(
     tensors: Sequence[TensorToWrite],
     *,
     alignment: int = DEFAULT_ALIGNMENT,
+    before_commit: Callable[[], None] | None = None,
 ) -> str:
     """Write `path` and return the hex SHA-256 of the whole file.
 
-    The file takes its name only when complete and on disk. One tensor's chunk is in memory at a time.
+    The file takes its name only when complete and on disk; where `before_commit`, called just before that, raises,
+    it never does. One tensor's chunk is in memory at a time.
     Raises GGUFError where names repeat or a tensor yields the wrong number of bytes, StorageError where
     the disk is full or the folder cannot be written.
     """
@@ -122,6 +124,8 @@ def write_gguf(
         output.write(header)
         for tensor in tensors:
             _write_tensor(path, output, tensor, alignment)
+        if before_commit is not None:
+            before_commit()
         return output.hexdigest()
 
 

@@ -1,0 +1,203 @@
+"""Write a planned export tensor by tensor: one tensor in memory, the file takes its name only when complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollatune.base.errors import DivergedError, InputError, VerificationError
+from ollatune.base.files import write_json
+from ollatune.base.log import get_logger
+from ollatune.export.plan import ExportPlan, PlannedTensor
+from ollatune.export.recovery import SMALLEST_ACCEPTED_RECOVERY, measure_recovery
+from ollatune.export.target_types import next_larger_type
+from ollatune.gguf.codecs import dequantize, quantize
+from ollatune.gguf.reader import GGUFFile
+from ollatune.gguf.types import GGMLType
+from ollatune.gguf.writer import Chunk, TensorToWrite, write_gguf
+
+REPORT_NAME = "export.json"
+
+_COPY_CHUNK_BYTES = 8 << 20
+_log = get_logger("export")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """What became of one tensor. `recovery` is None for tensors without an update, or with one of all zeros."""
+
+    planned: PlannedTensor
+    recovery: float | None
+
+    @property
+    def name(self) -> str:
+        return self.planned.name
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.planned.to_json(), "recovery": self.recovery}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A written export. `sha256` is that of the whole file."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    tensors: list[TensorResult]
+    base: Path
+    tensor_type: str
+    edited_keys: tuple[str, ...]
+    accept_recovery: bool
+
+    @property
+    def smallest_recovery(self) -> float | None:
+        return min((t.recovery for t in self.tensors if t.recovery is not None), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `export.json`."""
+        return {
+            "file": self.path.name,
+            "sha256": self.sha256,
+            "size_bytes": self.size_bytes,
+            "base": str(self.base),
+            "tensor_type": self.tensor_type,
+            "edited_keys": list(self.edited_keys),
+            "smallest_recovery": self.smallest_recovery,
+            "smallest_accepted_recovery": None
+            if self.accept_recovery
+            else SMALLEST_ACCEPTED_RECOVERY,
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+        }
+
+
+def apply_export(
+    plan: ExportPlan,
+    output: Path,
+    *,
+    accept_recovery: bool = False,
+    on_tensor: Callable[[TensorResult], None] | None = None,
+) -> ExportResult:
+    """Write the planned GGUF to `output`, and `export.json` beside it. `on_tensor` hears of each tensor's end.
+
+    Raises:
+        VerificationError: an update would not survive (`accept_recovery` writes it all the same).
+        DivergedError: an update holds NaN or infinity.
+        InputError: `output` is the base itself, or a weight is too large for its type.
+        StorageError: disk full, no permission.
+    In every one of these cases `output` is as it was before.
+    """
+    _refuse_to_replace_the_base(plan.base, output)
+    results: list[TensorResult] = []
+
+    def finished(result: TensorResult) -> None:
+        results.append(result)
+        if on_tensor is not None:
+            on_tensor(result)
+
+    digest = write_gguf(
+        output,
+        plan.records,
+        [_to_write(plan.base, planned, finished) for planned in plan.tensors],
+        alignment=plan.base.alignment,
+        before_commit=lambda: _check_recovery(results, accept_recovery),
+    )
+    result = ExportResult(
+        path=output,
+        sha256=digest,
+        size_bytes=output.stat().st_size,
+        tensors=results,
+        base=plan.base.path,
+        tensor_type=plan.tensor_type,
+        edited_keys=plan.edited_keys,
+        accept_recovery=accept_recovery,
+    )
+    write_json(output.with_name(REPORT_NAME), result.to_json())
+    return result
+
+
+def _refuse_to_replace_the_base(base: GGUFFile, output: Path) -> None:
+    if output.exists() and output.samefile(base.path):
+        raise InputError(
+            f"{output} is the base model itself; an export does not replace it.",
+            hint="Choose another output folder.",
+        )
+
+
+def _to_write(
+    base: GGUFFile, planned: PlannedTensor, finished: Callable[[TensorResult], None]
+) -> TensorToWrite:
+    def produce() -> Iterator[Chunk]:
+        recovery: float | None = None
+        if planned.action == "copy":
+            stored = base.tensor_data(planned.name)
+            for start in range(0, stored.size, _COPY_CHUNK_BYTES):
+                yield stored[start : start + _COPY_CHUNK_BYTES]
+        else:
+            stored_u8, recovery = _store_anew(base, planned)
+            yield stored_u8.reshape(-1).numpy()
+        base.release_pages(planned.name)
+        finished(TensorResult(planned, recovery))
+
+    return TensorToWrite(planned.name, planned.base.shape, planned.type, produce)
+
+
+@torch.no_grad()
+def _store_anew(base: GGUFFile, planned: PlannedTensor) -> tuple[Tensor, float | None]:
+    """The bytes of a tensor that is not copied, uint8 [..., row bytes], and the recovery of its update."""
+    weights = decode_tensor(base, planned.name)
+    if planned.update is None:
+        return quantize(weights, planned.type), None
+    tuned = planned.update.apply(weights).to("cpu", torch.float32)
+    if tuned.shape != weights.shape:
+        raise InputError(
+            f"The update of `{planned.name}` gave shape {tuple(tuned.shape)}, {tuple(weights.shape)} was expected."
+        )
+    if not tuned.isfinite().all():
+        raise DivergedError(
+            f"The update of `{planned.name}` holds NaN or infinity; nothing was written.",
+            hint="Export an earlier checkpoint.",
+        )
+    stored_u8 = quantize(tuned, planned.type)
+    return stored_u8, measure_recovery(weights, tuned, stored_u8, planned.type)
+
+
+def decode_tensor(base: GGUFFile, name: str) -> Tensor:
+    """The weights of a tensor as the server computes with them: float32 in the tensor's shape."""
+    info = base.tensor(name)
+    columns = info.shape[-1] if info.shape else 1
+    # A copy of this one tensor: torch has no read-only tensors, and the mapped pages can then be let go.
+    stored = torch.from_numpy(base.tensor_data(name).copy())
+    blocks = stored.reshape(-1, info.type.row_bytes(columns))
+    return dequantize(blocks, info.type).reshape(info.shape)
+
+
+def _check_recovery(results: Sequence[TensorResult], accept_recovery: bool) -> None:
+    lost = [
+        r for r in results if r.recovery is not None and r.recovery < SMALLEST_ACCEPTED_RECOVERY
+    ]
+    if not lost:
+        return
+    worst = min(lost, key=lambda result: result.recovery or 0.0)
+    message = (
+        f"`{worst.name}` would keep {worst.recovery:.2f} of its update when stored as {worst.planned.type.name}; "
+        f"at least {SMALLEST_ACCEPTED_RECOVERY} is expected"
+        + (f" ({len(lost)} tensors in all)." if len(lost) > 1 else ".")
+    )
+    if accept_recovery:
+        _log.warning("%s Written all the same, as asked.", message)
+        return
+    raise VerificationError(
+        f"{message} Nothing was written.", hint=_larger_type_hint(worst.planned.type)
+    )
+
+
+def _larger_type_hint(stored: GGMLType) -> str:
+    larger = next_larger_type(stored)
+    advice = f"Store the tuned tensors as {larger.name.lower()}" if larger else "Train longer"
+    return f"{advice}, or accept the loss with --accept-recovery."

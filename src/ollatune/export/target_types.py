@@ -1,0 +1,104 @@
+"""Which type each tensor of an export is stored as.
+
+Tuned tensors take the type asked for, with three exceptions: vectors and norms keep their floating-point type; a
+tensor whose base is stored at 8 bits or more is not made coarser; rows that are no whole number of blocks take
+llama.cpp's fall-back type. Untouched tensors keep their bytes, unless a mix for the whole file is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ollatune.base.errors import UsageError
+from ollatune.base.text import did_you_mean
+from ollatune.export.metadata_edits import MetadataEdit
+from ollatune.gguf.codecs import ENCODABLE, FALLBACK_TYPES
+from ollatune.gguf.reader import GGUFFile, TensorInfo
+from ollatune.gguf.types import GGMLType
+
+TENSOR_TYPES = ("q8_0", "q6_K", "f16", "bf16", "f32")
+"""The types that keep an update whatever the base; any type that can be encoded is taken."""
+BASE_TYPE = "base"
+"""In place of a type: every tuned tensor keeps the type it has."""
+
+_FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+_FINE_BITS_PER_WEIGHT = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class TypeChoice:
+    type: GGMLType
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TypeChoices:
+    """The type of every tensor by name, and the metadata that must follow."""
+
+    by_name: Mapping[str, TypeChoice]
+    metadata_edits: tuple[MetadataEdit, ...] = ()
+
+
+def choose_types(base: GGUFFile, tuned: frozenset[str], tensor_type: str) -> TypeChoices:
+    """The type of every tensor of `base`, of which those named in `tuned` are written anew.
+
+    Raises UsageError where `tensor_type` names no type that can be written.
+    """
+    requested = _requested_type(tensor_type)
+    return TypeChoices(
+        {
+            name: tuned_type(info, requested) if name in tuned else TypeChoice(info.type)
+            for name, info in base.tensors.items()
+        }
+    )
+
+
+def _requested_type(name: str) -> GGMLType | None:
+    """The type called `name`; None for `base`."""
+    if name.casefold() == BASE_TYPE:
+        return None
+    by_name = {known.name.casefold(): known for known in sorted(ENCODABLE)}
+    found = by_name.get(name.casefold())
+    if found is None:
+        choices = [*TENSOR_TYPES, BASE_TYPE]
+        raise UsageError(
+            f"Tuned tensors cannot be stored as {name!r}.{did_you_mean(name, [*by_name, *choices])}",
+            hint=f"Choose one of {', '.join(choices)}.",
+        )
+    return found
+
+
+def tuned_type(info: TensorInfo, requested: GGMLType | None) -> TypeChoice:
+    """The type of one tuned tensor; `requested` None keeps the base's."""
+    if is_kept_float(info):
+        kept = info.type if info.type in _FLOAT_TYPES else GGMLType.F32
+        return TypeChoice(kept, "" if kept is requested else "vectors stay floating point")
+    if requested is None:
+        return fitting_type(info, info.type if info.type in ENCODABLE else GGMLType.Q8_0)
+    is_fine = info.type.bits_per_weight >= _FINE_BITS_PER_WEIGHT and info.type in ENCODABLE
+    if is_fine and requested.bits_per_weight < info.type.bits_per_weight:
+        return TypeChoice(info.type, "not made coarser than the base")
+    return fitting_type(info, requested)
+
+
+def is_kept_float(info: TensorInfo) -> bool:
+    """Vectors (norms, biases, rope factors) and stacked norms are read as floating point by llama.cpp."""
+    return len(info.shape) < 2 or info.name.endswith("_norm.weight")
+
+
+def fitting_type(info: TensorInfo, requested: GGMLType) -> TypeChoice:
+    """`requested`, or the first fall-back whose blocks divide the rows of `info`."""
+    columns = info.shape[-1] if info.shape else 1
+    chosen = requested
+    while columns % chosen.block_size:
+        chosen = FALLBACK_TYPES.get(chosen, GGMLType.F16)
+    note = "" if chosen is requested else f"{columns} columns do not fit {requested.name}"
+    return TypeChoice(chosen, note)
+
+
+def next_larger_type(stored: GGMLType) -> GGMLType | None:
+    """The smallest type of TENSOR_TYPES with more bits than `stored`; None above all of them."""
+    larger = [GGMLType.from_name(name) for name in TENSOR_TYPES]
+    larger = [kind for kind in larger if kind.bits_per_weight > stored.bits_per_weight]
+    return min(larger, key=lambda kind: kind.bits_per_weight, default=None)
