@@ -63,9 +63,9 @@ class ChatMLTemplate:
         self._prefix = prefix
         self._end = end
 
-    def render_training(
+    def render_training_examples(
         self, messages: Sequence[Any], tools: Any = None, targets: str = "all"
-    ) -> list[Piece]:
+    ) -> list[list[Piece]]:
         pieces = [Piece(self._prefix, False)]
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
         for index, message in enumerate(messages):
@@ -73,7 +73,7 @@ class ChatMLTemplate:
             is_target = index in (answers if targets == "all" else answers[-1:])
             pieces.append(Piece(f"{message.content}{self._end}", is_target))
             pieces.append(Piece("\n", False))
-        return pieces
+        return [pieces]
 
 
 def make_renderer(max_length: int = 4096, **settings: Any) -> Renderer:

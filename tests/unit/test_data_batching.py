@@ -32,6 +32,8 @@ def make_set(lengths: list[int]) -> ExampleSet:
         prompt_digests=np.arange(count, dtype=np.uint64),
         source_ids=np.zeros(count, np.int64),
         scores=np.zeros(count),
+        splits=np.full(count, -1),
+        ordinals=np.arange(count),
     )
     return ExampleSet(TokenStore([arrays]))
 
@@ -90,8 +92,7 @@ def test_tokens_and_targets_share_32_bits() -> None:
             StoredArrays(
                 packed,
                 np.array([0, 3]),
-                *(np.zeros(1, np.int64) for _ in range(4)),  # type: ignore[arg-type]
-                np.zeros(1),
+                *(np.zeros(1, np.int64) for _ in range(7)),  # type: ignore[arg-type]
             )
         ]
     )

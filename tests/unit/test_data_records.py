@@ -81,11 +81,11 @@ def test_forms_become_turns(value: dict[str, Any], expected: list[tuple[str, str
 
 def test_text_becomes_a_document_with_its_metadata() -> None:
     sample = read({"text": "Once.", "source": "book.pdf", "page": 3, "score": 0.5})
-    assert sample == Document("Once.", True, 0.5, {"source": "book.pdf", "page": 3})
+    assert sample == Document("Once.", True, True, 0.5, {"source": "book.pdf", "page": 3})
 
 
 def test_a_piece_of_a_file_does_not_end_its_document() -> None:
-    assert read(TextPiece("a", False)) == Document("a", ends_document=False)
+    assert read(TextPiece("a", True, False)) == Document("a", ends=False)
 
 
 def test_tool_calls_keep_names_and_parsed_arguments() -> None:

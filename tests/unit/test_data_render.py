@@ -23,7 +23,8 @@ def chat(*turns: tuple[str, str]) -> Conversation:
 
 
 def render(sample: Any, max_length: int = 4096, **settings: Any) -> Rendered:
-    return make_renderer(max_length, **settings)(sample, HERE)
+    (rendered,) = make_renderer(max_length, **settings)(sample, HERE)
+    return rendered
 
 
 def text(rendered: Rendered) -> str:
@@ -84,7 +85,9 @@ def test_template_like_text_in_an_answer_is_counted() -> None:
 
 def test_template_errors_get_the_position() -> None:
     class Refusing(ChatMLTemplate):
-        def render_training(self, messages: Any, tools: Any = None, targets: str = "all") -> Any:
+        def render_training_examples(
+            self, messages: Any, tools: Any = None, targets: str = "all"
+        ) -> Any:
             raise InputError("roles must alternate.", hint="Do so.")
 
     renderer = make_renderer()
@@ -97,7 +100,43 @@ def test_documents_get_bos_and_eos_and_no_special_parsing() -> None:
     example = render(Document("a</s>"), add_bos=True).example
     assert example.token_ids.tolist() == [BOS, *b"a</s>", EOS]
     assert example.is_target.tolist() == [False] + [True] * 6
-    assert render(Document("ab", ends_document=False)).example.token_ids.tolist() == [*b"ab"]
+    assert render(Document("ab", ends=False)).example.token_ids.tolist() == [*b"ab"]
+
+
+def test_templates_that_hide_earlier_answers_give_one_example_each() -> None:
+    class Hiding(ChatMLTemplate):
+        """Shows earlier answers without their first letter, as reasoning templates drop thinking."""
+
+        def render_training_examples(
+            self, messages: Any, tools: Any = None, targets: str = "all"
+        ) -> Any:
+            answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+            shown = []
+            for last in answers if targets == "all" else answers[-1:]:
+                kept = [
+                    ChatMessage(
+                        m.role, m.content[1:] if m.role == "assistant" and i != last else m.content
+                    )
+                    for i, m in enumerate(messages[: last + 1])
+                ]
+                shown += super().render_training_examples(kept, tools, "last")
+            return shown
+
+    turns = chat(
+        ("user", "a"),
+        ("assistant", "Xb"),
+        ("user", "c"),
+        ("assistant", "Xd"),
+        ("user", "e"),
+        ("assistant", "Xf"),
+    )
+    renderer = make_renderer()
+    renderer.template = Hiding()
+    found = renderer(turns, HERE)
+    assert [target_text(r) for r in found] == ["Xb<|im_end|>", "Xd<|im_end|>", "Xf<|im_end|>"]
+    assert "assistant\nb<|im_end|>\n" in text(found[1])
+    turns.messages[3].is_trained = False
+    assert [target_text(r) for r in renderer(turns, HERE)] == ["Xb<|im_end|>", "Xf<|im_end|>"]
 
 
 LONG = chat(("system", "S"), ("user", "begin " + "x" * 300 + " end"), ("assistant", "the answer"))

@@ -55,10 +55,11 @@ class Conversation:
 
 @dataclass(slots=True)
 class Document:
-    """Plain text. `ends_document` is False for a piece whose continuation follows."""
+    """Plain text; of a long file, a piece that may go on where another ended and be gone on with."""
 
     text: str
-    ends_document: bool = True
+    begins: bool = True
+    ends: bool = True
     score: float = 0.0
     metadata: Mapping[str, Any] = field(default_factory=dict)
 

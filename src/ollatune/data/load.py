@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from ollatune.base.errors import InputError, UsageError
 from ollatune.base.log import get_logger
 from ollatune.config.schema import DataConfig, DataSource
+from ollatune.data.builder import StoreBuilder
 from ollatune.data.conversation import Document, Sample
 from ollatune.data.order import SampleOrder, source_repeats
 from ollatune.data.position import Position, RecordError
 from ollatune.data.protocols import PromptTemplate, Tokenizer
 from ollatune.data.records import TEXT_FILE, RecordReader
 from ollatune.data.rejects import Rejections
-from ollatune.data.render import Rendered, Renderer
+from ollatune.data.render import Renderer
 from ollatune.data.report import DataReport, RenderCounts, make_report
 from ollatune.data.sources import (
     SPLITS,
@@ -33,16 +35,34 @@ from ollatune.data.split import split_number, split_rows
 from ollatune.data.store import (
     ExampleSet,
     ExampleSource,
-    StoredArrays,
     TokenStore,
     WindowSet,
-    pack_tokens,
 )
 
 Method = Literal["fine-tuning", "continued-pretraining"]
 Progress = Callable[[int], None]
 
 _log = get_logger("data")
+
+
+class SampleView(Sequence[Sample]):
+    """Records by number, fetched when asked for."""
+
+    def __init__(self, rows: npt.NDArray[np.int64], sample_of: Callable[[int], Sample]) -> None:
+        self._rows = rows
+        self._sample_of = sample_of
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._sample_of(int(row)) for row in self._rows[index]]
+        return self._sample_of(int(self._rows[index]))
 
 
 @dataclass(frozen=True)
@@ -54,8 +74,8 @@ class DatasetSplits:
     test: ExampleSource | None
     report: DataReport
     rejections: Rejections
-    samples: Mapping[Split, Sequence[Sample]] = field(default_factory=dict)
-    """Validation and test records in normal form, in the examples' order: for scoring generated answers."""
+    samples: Mapping[Split, Sequence[Sample]]
+    """The records of each split in normal form, in their examples' order: for scoring generated answers."""
 
 
 def data_sources(config: DataConfig, path: str | Path | None = None) -> list[DataSource]:
@@ -106,52 +126,6 @@ def check_method(sample: Sample, position: Position, method: Method) -> None:
         )
 
 
-class StoreBuilder:
-    """Collects rendered samples into the arrays of a TokenStore."""
-
-    def __init__(self) -> None:
-        self._tokens: list[np.ndarray] = []
-        self._columns: list[tuple[int, int, int, int, float]] = []
-        self.counts = RenderCounts()
-
-    def __len__(self) -> int:
-        return len(self._columns)
-
-    def add(self, sample: Sample, rendered: Rendered, source_id: int) -> None:
-        """Append one sample."""
-        example = rendered.example
-        self._tokens.append(pack_tokens(example.token_ids, example.is_target))
-        self._columns.append(
-            (
-                int(np.count_nonzero(example.is_target)),
-                sample.digest(),
-                sample.prompt_digest(),
-                source_id,
-                sample.score,
-            )
-        )
-        counts = self.counts
-        counts.num_truncated += rendered.is_truncated
-        counts.num_answers_cut += rendered.is_answer_cut
-        counts.num_tokens_cut += rendered.num_tokens_before - len(example)
-        counts.longest_before = max(counts.longest_before, rendered.num_tokens_before)
-        counts.num_early_ends += rendered.num_early_ends
-
-    def arrays(self) -> StoredArrays:
-        """All that was added."""
-        lengths = [len(tokens) for tokens in self._tokens]
-        columns = list(zip(*self._columns, strict=True)) or [()] * 5
-        return StoredArrays(
-            tokens=np.concatenate(self._tokens) if self._tokens else np.zeros(0, np.uint32),
-            offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
-            num_targets=np.asarray(columns[0], np.int64),
-            digests=np.asarray(columns[1], np.uint64),
-            prompt_digests=np.asarray(columns[2], np.uint64),
-            source_ids=np.asarray(columns[3], np.int64),
-            scores=np.asarray(columns[4], np.float64),
-        )
-
-
 def load_examples(
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -177,7 +151,6 @@ def load_examples(
     )
     rejections = Rejections(skip_bad=config.skip_bad)
     builder = StoreBuilder()
-    named: list[int] = []
     samples: list[Sample] = []
     forms: dict[str, str] = {}
     for source_id, source in enumerate(data_sources(config, path)):
@@ -189,49 +162,66 @@ def load_examples(
                 rejections(error)
                 continue
             rejections.num_good += 1
-            builder.add(sample, rendered, source_id)
-            named.append(split_number(split))
+            builder.add(
+                sample,
+                rendered,
+                source_id=source_id,
+                split=split_number(split),
+                ordinal=len(samples),
+            )
             samples.append(sample)
             if progress:
                 progress(1)
         forms[source.path] = reader.form.name if reader.form else TEXT_FILE
     rejections.check()
     store = TokenStore([builder.arrays()])
+    return make_splits(
+        store,
+        config,
+        method=method,
+        max_length=max_length,
+        seed=seed,
+        forms=forms,
+        rendering=builder.counts,
+        rejections=rejections,
+        sample_of=lambda row: samples[store.place(row)[1]],
+    )
+
+
+def make_splits(
+    store: TokenStore,
+    config: DataConfig,
+    *,
+    method: Method,
+    max_length: int,
+    seed: int,
+    forms: Mapping[str, str],
+    rendering: RenderCounts,
+    rejections: Rejections,
+    sample_of: Callable[[int], Sample],
+) -> DatasetSplits:
+    """Split a tokenised data set and report on it. Raises InputError where nothing is left to train on."""
+    rejections.check()
     rows = split_rows(
-        np.asarray(named, np.int64),
+        store.splits,
         store.digests,
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
         seed=seed,
     )
-    report = make_report(
-        store,
-        rows,
-        forms=forms,
-        rendering=builder.counts,
-        rejections=rejections,
-        max_length=max_length,
-    )
-    kept = {split: [samples[int(row)] for row in rows[split]] for split in SPLITS[1:]}
-    return make_splits(store, rows, config, method, max_length, report, rejections, kept)
-
-
-def make_splits(
-    store: TokenStore,
-    rows: Mapping[Split, np.ndarray],
-    config: DataConfig,
-    method: Method,
-    max_length: int,
-    report: DataReport,
-    rejections: Rejections,
-    samples: Mapping[Split, Sequence[Sample]],
-) -> DatasetSplits:
-    """Examples (fine-tuning) or windows (continued pre-training) over the rows of a store."""
     if not len(rows["train"]):
         raise InputError(
             "No record is left to train on.",
             hint="Check the data's file names and split fractions.",
         )
+    report = make_report(
+        store,
+        rows,
+        forms=forms,
+        rendering=rendering,
+        rejections=rejections,
+        max_length=max_length,
+    )
 
     def examples(split: Split) -> ExampleSource | None:
         if not len(rows[split]):
@@ -242,6 +232,10 @@ def make_splits(
 
     train = examples("train")
     assert train is not None
+    samples = {
+        split: SampleView(rows[split][store.is_record_start[rows[split]]], sample_of)
+        for split in SPLITS
+    }
     return DatasetSplits(
         train, examples("validation"), examples("test"), report, rejections, samples
     )

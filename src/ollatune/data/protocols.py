@@ -21,10 +21,11 @@ class PromptTemplate(Protocol):
     @property
     def digest(self) -> str: ...
 
-    def render_training(
+    def render_training_examples(
         self, messages: Sequence[Any], tools: Any = None, targets: Any = "all"
-    ) -> Sequence[SegmentLike]:
-        """The conversation in pieces; their concatenation is the whole text. Raises InputError."""
+    ) -> Sequence[Sequence[SegmentLike]]:
+        """The conversation in pieces whose concatenation is the whole text: once, or once per answer where the template
+        shows earlier answers otherwise than the model said them. Raises InputError."""
         ...
 
 

@@ -66,7 +66,7 @@ class RecordReader:
         value, position = record
         if type(value) is TextPiece:
             text_of(value.text, "text", position)
-            return Document(value.text, value.ends_document)
+            return Document(value.text, value.begins, value.ends)
         if self._columns:
             value = self._renamed(value, position)
         form = self.form

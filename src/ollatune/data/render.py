@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -51,25 +52,42 @@ class Renderer:
         self.targets = targets
         self.truncation = truncation
 
-    def __call__(self, sample: Sample, position: Position) -> Rendered:
-        """Raises RecordError where the sample cannot be rendered or has nothing to learn."""
-        if isinstance(sample, Document):
-            return self._document(sample)
-        return self._conversation(sample, position)
+    def __call__(self, sample: Sample, position: Position) -> list[Rendered]:
+        """One example, or one per answer where the template needs that.
 
-    def _document(self, document: Document, *, is_start: bool = True) -> Rendered:
+        Raises RecordError where the sample cannot be rendered or has nothing to learn.
+        """
+        if isinstance(sample, Document):
+            return [self._document(sample)]
+        found = self._segments(sample, position, self.targets)
+        if len(found) == 1:
+            return [self._conversation(sample, found[0], position, self.targets)]
+        rendered = []
+        for last in (i for i, m in enumerate(sample.messages) if m.role == "assistant"):
+            if sample.messages[last].is_trained:
+                part = replace(sample, messages=sample.messages[: last + 1])
+                (segments,) = self._segments(part, position, "last")
+                rendered.append(self._conversation(part, segments, position, "last"))
+        return rendered
+
+    def _document(self, document: Document) -> Rendered:
         """BOS (if the model is served with one), the text, EOS: every token but BOS is a target."""
         ids = self.tokenizer.encode(document.text, parse_special=False)
         mask = [True] * len(ids)
-        if self.tokenizer.add_bos and self.tokenizer.bos_id is not None and is_start:
+        if self.tokenizer.add_bos and self.tokenizer.bos_id is not None and document.begins:
             ids, mask = [self.tokenizer.bos_id, *ids], [False, *mask]
-        if document.ends_document and self.tokenizer.eos_id is not None:
+        if document.ends and self.tokenizer.eos_id is not None:
             ids, mask = [*ids, self.tokenizer.eos_id], [*mask, True]
-        example = Example(np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
-        return Rendered(example, len(ids), False)
+        return Rendered(_example(ids, mask), len(ids), False)
 
-    def _conversation(self, conversation: Conversation, position: Position) -> Rendered:
-        ids, mask = self._encode(conversation, position)
+    def _conversation(
+        self,
+        conversation: Conversation,
+        segments: Sequence[SegmentLike],
+        position: Position,
+        targets: Targets,
+    ) -> Rendered:
+        ids, mask = self._encode(conversation, segments, position, targets)
         num_tokens_before = len(ids)
         if num_tokens_before > self.max_length:
             if self.truncation == "error":
@@ -78,41 +96,58 @@ class Renderer:
                     f"{num_tokens_before} tokens, at most {self.max_length} fit",
                     "Raise model.context_window, shorten the record, or set data.truncation to middle or left.",
                 )
-            for _ in range(_MAX_SHORTENINGS):
-                ratio = _characters(conversation) / max(1, len(ids))
-                excess = int((len(ids) - self.max_length) * ratio * 1.05) + 8
-                shorter = shortened(conversation, excess, self.truncation)
-                if shorter is None:
-                    break
-                conversation = shorter
-                ids, mask = self._encode(conversation, position)
-                if len(ids) <= self.max_length:
-                    break
+            ids, mask = self._shortened(conversation, ids, mask, position, targets)
         is_answer_cut = len(ids) > self.max_length
         if is_answer_cut:
             ids, mask = self._tail(ids, mask)
-        ids, mask, num_early_ends = self._checked(ids, mask, position)
-        example = Example(np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
+        mask, num_early_ends = self._checked(ids, mask, position)
+        example = _example(ids, mask)
         if not example.num_targets:
             raise RecordError(position, "no token to learn is left", "Shorten the record.")
         is_truncated = num_tokens_before > self.max_length
         return Rendered(example, num_tokens_before, is_truncated, is_answer_cut, num_early_ends)
 
+    def _shortened(
+        self,
+        conversation: Conversation,
+        ids: list[int],
+        mask: list[bool],
+        position: Position,
+        targets: Targets,
+    ) -> tuple[list[int], list[bool]]:
+        """Ids and mask with less context, short enough if there is enough context to cut."""
+        for _ in range(_MAX_SHORTENINGS):
+            characters = sum(len(message.content) for message in conversation.messages)
+            excess = int((len(ids) - self.max_length) * characters / len(ids) * 1.05) + 8
+            shorter = shortened(conversation, excess, self.truncation)
+            if shorter is None:
+                break
+            conversation = shorter
+            (segments, *others) = self._segments(conversation, position, targets)
+            assert not others, "a shorter conversation has no more answers"
+            ids, mask = self._encode(conversation, segments, position, targets)
+            if len(ids) <= self.max_length:
+                break
+        return ids, mask
+
     def _encode(
-        self, conversation: Conversation, position: Position
+        self,
+        conversation: Conversation,
+        segments: Sequence[SegmentLike],
+        position: Position,
+        targets: Targets,
     ) -> tuple[list[int], list[bool]]:
         """Ids and mask of the whole conversation, BOS once if the model is served with one.
 
-        Pieces are tokenised separately: at serving the prompt is tokenised before there is an answer.
+        Prompts and answers are tokenised separately: at serving the prompt is tokenised before there is an answer.
         """
-        segments = self._segments(conversation, position)
         ids: list[int] = []
         mask: list[bool] = []
-        for segment in segments:
-            if segment.text:
-                found = self.tokenizer.encode(segment.text, is_continuation=bool(ids))
+        for is_target, pieces in itertools.groupby(segments, lambda segment: segment.is_target):
+            if text := "".join(piece.text for piece in pieces):
+                found = self.tokenizer.encode(text, is_continuation=bool(ids))
                 ids += found
-                mask += [segment.is_target] * len(found)
+                mask += [is_target] * len(found)
         bos = self.tokenizer.bos_id
         if bos is not None and self.tokenizer.add_bos and ids[:1] != [bos]:
             ids, mask = [bos, *ids], [False, *mask]
@@ -124,14 +159,16 @@ class Renderer:
                 "the template puts nothing before the answer, so its first token cannot be learned",
                 "Use a template with a prompt.",
             )
-        if not all(m.is_trained for m in conversation.messages):
-            mask = self._without_untrained(conversation, mask, position)
+        if not all(message.is_trained for message in conversation.messages):
+            self._mask_untrained(conversation, mask, position, targets)
         return ids, mask
 
-    def _segments(self, conversation: Conversation, position: Position) -> Sequence[SegmentLike]:
+    def _segments(
+        self, conversation: Conversation, position: Position, targets: Targets
+    ) -> Sequence[Sequence[SegmentLike]]:
         tools: Any = conversation.tools or None
         try:
-            return self.template.render_training(conversation.messages, tools, self.targets)
+            return self.template.render_training_examples(conversation.messages, tools, targets)
         except InputError as error:
             raise RecordError(
                 position,
@@ -139,13 +176,13 @@ class Renderer:
                 error.hint or "Correct the record, or leave it out.",
             ) from error
 
-    def _without_untrained(
-        self, conversation: Conversation, mask: list[bool], position: Position
-    ) -> list[bool]:
-        """The mask without the answers whose weight is 0."""
+    def _mask_untrained(
+        self, conversation: Conversation, mask: list[bool], position: Position, targets: Targets
+    ) -> None:
+        """Take the answers whose weight is 0 out of the mask."""
         runs = _runs(mask)
         answers = [m for m in conversation.messages if m.role == "assistant"]
-        if self.targets == "last":
+        if targets == "last":
             answers = answers[-1:]
         if len(runs) != len(answers):
             raise RecordError(
@@ -156,7 +193,6 @@ class Renderer:
         for (start, end), answer in zip(runs, answers, strict=True):
             if not answer.is_trained:
                 mask[start:end] = [False] * (end - start)
-        return mask
 
     def _tail(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
         """The last `max_length` tokens, BOS kept: the end of the answer and its EOS always stay."""
@@ -169,8 +205,11 @@ class Renderer:
 
     def _checked(
         self, ids: list[int], mask: list[bool], position: Position
-    ) -> tuple[list[int], list[bool], int]:
-        """Every answer must end with a token that ends generation. What follows that token is never generated."""
+    ) -> tuple[list[bool], int]:
+        """The mask, and how many ends stand inside answers.
+
+        Every answer must end with a token that ends generation; what follows that token is never generated.
+        """
         ends = self.tokenizer.end_of_generation_ids
         num_early = 0
         for start, end in _runs(mask):
@@ -184,7 +223,11 @@ class Renderer:
             num_early += len(found) - 1
             for at in range(found[-1] + 1, end):
                 mask[at] = False
-        return ids, mask, num_early
+        return mask, num_early
+
+
+def _example(ids: list[int], mask: list[bool]) -> Example:
+    return Example(np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
 
 
 def _runs(mask: Sequence[bool]) -> list[tuple[int, int]]:
@@ -200,7 +243,3 @@ def _runs(mask: Sequence[bool]) -> list[tuple[int, int]]:
     if start >= 0:
         runs.append((start, len(mask)))
     return runs
-
-
-def _characters(conversation: Conversation) -> int:
-    return sum(len(message.content) for message in conversation.messages)

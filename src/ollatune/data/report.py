@@ -44,8 +44,6 @@ class RenderCounts:
     num_tokens_cut: int = 0
     longest_before: int = 0
     num_early_ends: int = 0
-    num_answer_ends: int = 0
-    """End-of-generation tokens that are targets."""
 
     def add(self, other: RenderCounts) -> None:
         """Add another worker's counts."""
@@ -102,12 +100,13 @@ def make_report(
     statistics: dict[str, SplitStatistics] = {
         name: split_statistics(store, rows) for name, rows in splits.items() if len(rows)
     }
-    num_duplicates = len(store) - len(first_of_each(store.digests))
+    digests = store.digests[store.is_record_start]
+    num_duplicates = len(digests) - len(first_of_each(digests))
     leakage = find_leakage(splits, store.digests, store.prompt_digests)
     report = DataReport(
         dict(forms), statistics, rendering, num_duplicates, len(rejections.errors), leakage
     )
-    report.warnings.extend(_warnings(report, len(store), max_length))
+    report.warnings.extend(_warnings(report, len(digests), max_length))
     return report
 
 

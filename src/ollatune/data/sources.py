@@ -52,10 +52,11 @@ class DataFile:
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Part of a plain document; only the last piece ends it."""
+    """A plain document, or a piece of a long one."""
 
     text: str
-    ends_document: bool = True
+    begins: bool = True
+    ends: bool = True
 
 
 def data_suffix(path: Path) -> str:
@@ -206,7 +207,9 @@ def read_text(stream: BinaryIO, path: Path) -> Iterator[Record]:
                 text = text.removeprefix("\ufeff")
             text = text.replace("\r\n", "\n").replace("\f", "\n\n")
             if num_held_bytes >= _TEXT_PIECE_BYTES and held and text.isspace():
-                yield Record(TextPiece("".join(held) + text, False), Position(str(path), start))
+                yield Record(
+                    TextPiece("".join(held) + text, start == 1, False), Position(str(path), start)
+                )
                 held, num_held_bytes, start = [], 0, here[0] + 1
                 continue
             num_held_bytes += len(line)
@@ -219,4 +222,4 @@ def read_text(stream: BinaryIO, path: Path) -> Iterator[Record]:
             held.append(text)
     whole = "".join(held)
     if whole.strip() or start > 1:
-        yield Record(TextPiece(whole), Position(str(path), start))
+        yield Record(TextPiece(whole, start == 1), Position(str(path), start))

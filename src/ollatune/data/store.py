@@ -62,6 +62,10 @@ class StoredArrays:
     prompt_digests: npt.NDArray[np.uint64]  # [n]
     source_ids: npt.NDArray[np.int64]  # [n]
     scores: npt.NDArray[np.float64]  # [n]
+    splits: npt.NDArray[np.int64]  # [n] what the file's name says, see `split.py`
+    ordinals: npt.NDArray[
+        np.int64
+    ]  # [n] number of the record in its shard; its examples follow one another
 
 
 class TokenStore:
@@ -81,6 +85,11 @@ class TokenStore:
         self.prompt_digests: npt.NDArray[np.uint64] = column("prompt_digests", np.uint64)
         self.source_ids: npt.NDArray[np.int64] = column("source_ids", np.int64)
         self.scores: npt.NDArray[np.float64] = column("scores", np.float64)
+        self.splits: npt.NDArray[np.int64] = column("splits", np.int64)
+        self.is_record_start: npt.NDArray[np.bool_] = np.concatenate(
+            [np.diff(shard.ordinals, prepend=-1) != 0 for shard in shards]
+            or [np.zeros(0, np.bool_)]
+        )
         lengths = [np.diff(shard.offsets) for shard in shards]
         self.lengths: npt.NDArray[np.int64] = (
             np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
@@ -88,6 +97,11 @@ class TokenStore:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(shard, ordinal of the record in it) of one example."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, int(self._shards[shard].ordinals[index - int(self._starts[shard])])
 
     def packed(self, index: int) -> npt.NDArray[np.uint32]:
         """Stored tokens [T] of one sample."""
