@@ -12,9 +12,10 @@ from ollatune.base.errors import InputError
 from ollatune.templates.messages import Message
 from ollatune.templates.ollama_render import OllamaTemplate
 
+_FILE = Path(__file__).parents[1] / "data" / "go-template-goldens.jsonl"
 GOLDENS = [
     json.loads(line)
-    for line in (Path(__file__).parents[1] / "data" / "go-template-goldens.jsonl").open()
+    for line in _FILE.read_text(encoding="utf-8").splitlines()
 ]
 
 

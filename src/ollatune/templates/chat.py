@@ -131,7 +131,6 @@ class ChatTemplate:
             partial(self._render, tools),
             end_of_turn_texts=self.end_of_turn_texts,
             eos_text=self.eos_text,
-            shows_prompt_after_answer=self.source == "go",
         )
 
     def _render(self, tools: Tools, messages: Sequence[Message], is_prompt: bool) -> str:

@@ -105,7 +105,11 @@ class JinjaTemplate:
             if len(_compiled) >= _COMPILED_KEPT:
                 _compiled.clear()
             now = datetime.datetime.combine(self.today, datetime.time())
-            _compiled[key] = jinja_sandbox.make_environment(now).from_string(self.text)
+            template = jinja_sandbox.make_environment(now).from_string(self.text)
+            template.globals = dict(
+                template.globals
+            )  # a ChainMap, slow to copy for every rendering
+            _compiled[key] = template
         return _compiled[key]
 
     def _try_once(self, variables: Mapping[str, Any]) -> None:

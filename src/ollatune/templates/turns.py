@@ -22,15 +22,16 @@ KNOWN_END_OF_TURN = (
 """End-of-turn texts of published models, looked for beside those the tokenizer names."""
 
 Renderer = Callable[[Sequence[Message], bool], str]
+"""`render(messages, is_prompt)`: the text with the prompt of the next answer, or without."""
 
 # Letters only: no template trims, splits or escapes them.
-_ANSWER_MARK = "ZqAnswerMarkQz"
-_USER_MARK = "ZqUserMarkQz"
+ANSWER_MARK = "ZqAnswerMarkQz"
+LAST_MARK = "ZqLastMarkQz"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer: the prompt before it, what the model says, how it ends, and what follows outside the model's say."""
+    """One answer: the prompt before it, what the model says, how it ends, and what the template writes after that."""
 
     prompt: str
     body: str
@@ -43,82 +44,103 @@ class Turn:
         return self.body + self.ending
 
 
-class TurnReader:
-    """Finds answers in what `render` makes of conversations.
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a template writes around an answer: between prompt and content, at the end, and before a next user."""
 
-    `render(messages, is_prompt)` gives the text with the prompt of the next answer (`is_prompt`) or without.
-    """
+    lead: str
+    after: str
+    between: str
+
+
+class TurnReader:
+    """Finds answers in what a template makes of conversations."""
 
     def __init__(
-        self,
-        render: Renderer,
-        *,
-        end_of_turn_texts: Sequence[str],
-        eos_text: str,
-        shows_prompt_after_answer: bool,
+        self, render: Renderer, *, end_of_turn_texts: Sequence[str], eos_text: str
     ) -> None:
         self.render = render
         texts = [*end_of_turn_texts, eos_text, *KNOWN_END_OF_TURN]
         self.end_of_turn_texts = [text for text in dict.fromkeys(texts) if text]
         self.eos_text = eos_text
-        # Go templates know no difference between a prompt and a closed conversation: what follows the last answer there
-        # may be the next prompt, and is not part of this conversation.
-        self.shows_prompt_after_answer = shows_prompt_after_answer
-        self._surroundings: dict[tuple[object, ...], tuple[str, str, str]] = {}
+        self._known: dict[tuple[object, ...], _Surroundings] = {}
 
     def read(self, history: Sequence[Message], answer: Message) -> Turn:
         """The turn in which `answer` follows `history`. Raises InputError where prompt and rendering disagree."""
         prompt = self.render(history, True)
         full = self.render([*history, answer], False)
-        if not full.startswith(prompt):
-            raise _not_a_prefix(prompt, full)
-        rest = full[len(prompt) :]
         key = (*(m.role for m in history), bool(answer.thinking), len(answer.tool_calls))
-        known = self._surroundings.get(key)
-        if known is None or not _is_surrounded(rest, answer.content, known):
-            known = self._surroundings[key] = self._probe(history, answer, prompt)
-        _, after, between = known
-        if not rest.endswith(after):
-            after = self._own_ending(rest)
-        body = rest[: len(rest) - len(after)]
+        around = self._known.get(key)
+        body = None if around is None else _plain_body(prompt, full, answer.content, around)
+        if around is None or body is None:
+            around, body = self._probe(history, answer, prompt, full)
+            self._known[key] = around
+        after = around.after
+        if not full.endswith(after):
+            after = self._own_ending(full)
+        return self._turn(prompt, body, after, around.between)
+
+    def _turn(self, prompt: str, body: str, after: str, between: str) -> Turn:
         ending, trailing = self._split_ending(after)
-        is_in_template = True
+        is_in_template = bool(ending)
         if not ending:
+            # Go templates leave a last answer open; how it ends shows only where a user goes on.
             ending, _ = self._split_ending(between)
+            is_in_template = bool(ending)
             trailing = ""
-        if not ending:
-            is_in_template = False
-            ending = self.eos_text
+        ending = ending or self.eos_text
         if not ending:
             raise InputError(
                 "The chat template ends an answer with no end-of-turn token and the tokenizer names none, so the "
                 "model could not learn to stop.",
                 hint="Set the tokenizer's eos token, or use another template.",
             )
-        if self.shows_prompt_after_answer:
-            trailing = ""
+        if trailing.strip() and prompt.endswith(trailing.lstrip()):
+            trailing = ""  # the template goes on with the prompt for a next answer
         return Turn(prompt, body, ending, trailing, is_in_template)
 
     def _probe(
-        self, history: Sequence[Message], answer: Message, prompt: str
-    ) -> tuple[str, str, str]:
-        """What the template writes before and after a last answer's content, and between it and a next user's."""
-        marked = replace(answer, content=_ANSWER_MARK)
-        closed = self.render([*history, marked], False)
-        at = closed.rfind(_ANSWER_MARK)
-        if not closed.startswith(prompt) or at < len(prompt):
+        self, history: Sequence[Message], answer: Message, prompt: str, full: str
+    ) -> tuple[_Surroundings, str]:
+        """The surroundings of `answer`, and what the model says up to its end-of-turn text."""
+        marked = replace(answer, content=ANSWER_MARK)
+        before, found, after = self.render([*history, marked], False).rpartition(ANSWER_MARK)
+        if not found:
             raise InputError(
                 "The chat template does not show the assistant's last message, so there is nothing to train on.",
                 hint="Use a template with .Messages or .Response.",
             )
-        before, after = closed[len(prompt) : at], closed[at + len(_ANSWER_MARK) :]
+        lead = before[len(prompt) :]
+        if not before.startswith(prompt):
+            # Some templates write an earlier message otherwise once it is answered (Mistral moves the system message
+            # to the last user); what counts is that the text after the last message goes on as the prompt does.
+            lead = self._lead_after_last_message(history, marked)
+        if not full.startswith(before):
+            raise _not_a_prefix(before, full)
+        own_after = after if full.endswith(after) else self._own_ending(full)
+        content = full[len(before) : len(full) - len(own_after)]
+        return _Surroundings(lead, after, self._between(history, marked)), lead + content
+
+    def _lead_after_last_message(self, history: Sequence[Message], marked: Message) -> str:
+        if not history:
+            raise _not_a_prefix(self.render(history, True), self.render([marked], False))
+        last_marked = [*history[:-1], replace(history[-1], content=LAST_MARK)]
+        prompt_tail = self.render(last_marked, True).rpartition(LAST_MARK)[2]
+        full = self.render([*last_marked, marked], False).rpartition(ANSWER_MARK)[0]
+        full_tail = full.rpartition(LAST_MARK)[2]
+        if not full_tail.startswith(prompt_tail):
+            raise _not_a_prefix(prompt_tail, full_tail)
+        return full_tail[len(prompt_tail) :]
+
+    def _between(self, history: Sequence[Message], marked: Message) -> str:
+        """What stands between an answer and the user message after it; '' where no user can follow."""
         try:
-            continued = self.render([*history, marked, Message("user", _USER_MARK)], True)
-        except InputError:  # the template has no place for a user here, after a tool call say
-            return before, after, ""
-        start, end = continued.rfind(_ANSWER_MARK), continued.rfind(_USER_MARK)
-        between = continued[start + len(_ANSWER_MARK) : end] if 0 <= start < end else ""
-        return before, after, between
+            text = self.render([*history, marked, Message("user", LAST_MARK)], True)
+        except InputError:
+            return ""
+        return (
+            text.rpartition(LAST_MARK)[0].rpartition(ANSWER_MARK)[2] if ANSWER_MARK in text else ""
+        )
 
     def _split_ending(self, after: str) -> tuple[str, str]:
         """`after` cut behind the first end-of-turn text in it; an empty ending where there is none."""
@@ -132,14 +154,14 @@ class TurnReader:
         at, _, text = min(found)
         return after[: at + len(text)], after[at + len(text) :]
 
-    def _own_ending(self, rest: str) -> str:
+    def _own_ending(self, full: str) -> str:
         """How a rendering ends that differs from the one with a mark, as tool calls make it."""
-        visible = rest.rstrip()
+        visible = full.rstrip()
         for text in self.end_of_turn_texts:
             if visible.endswith(text):
-                return text + rest[len(visible) :]
+                return text + full[len(visible) :]
         raise InputError(
-            f"Cannot find where the assistant's message ends in its rendering: {printable(rest)!r}.",
+            f"Cannot find where the assistant's message ends in its rendering: {printable(full[-80:])!r}.",
             hint="Expected it to end with one of the tokenizer's end-of-turn tokens.",
         )
 
@@ -172,15 +194,18 @@ class TurnReader:
         return segments
 
 
-def _is_surrounded(rest: str, content: str, known: tuple[str, str, str]) -> bool:
-    before, after, _ = known
-    inner = rest[len(before) : len(rest) - len(after)]
-    return (
-        rest.startswith(before)
-        and rest.endswith(after)
-        and len(before) + len(after) <= len(rest)
-        and inner in (content, content.strip())
+def _plain_body(prompt: str, full: str, content: str, around: _Surroundings) -> str | None:
+    """What the model says, where the rendering is plainly prompt, lead, content, after; None where it is not."""
+    start = len(prompt) + len(around.lead)
+    end = len(full) - len(around.after)
+    is_plain = (
+        start <= end
+        and full.startswith(prompt)
+        and full.startswith(around.lead, len(prompt))
+        and full.endswith(around.after)
+        and full[start:end] in (content, content.strip())
     )
+    return full[len(prompt) : end] if is_plain else None
 
 
 def _not_a_prefix(prompt: str, full: str) -> InputError:
