@@ -48,8 +48,9 @@ class Generation:
 class LlamaCppEngine:
     """One GGUF file, optionally with a GGUF LoRA adapter, loaded in llama.cpp; a context manager.
 
-    `context`: tokens a prompt and its answer may take together (llama.cpp rounds it up to 256). `threads`: default all cores this process may use, or
-    OMP_NUM_THREADS. `parallel`: prompts decoded at a time by `greedy_many`; memory for the cache grows with it.
+    `context`: tokens a prompt and its answer may take together (llama.cpp rounds it up to a multiple of 256).
+    `threads`: default all cores this process may use, or OMP_NUM_THREADS. `parallel`: prompts decoded at a time by
+    `greedy_many`; memory for the cache grows with it.
 
     Raises UsageError where the extra is not installed, InputError where a file is missing or llama.cpp refuses it.
     """
