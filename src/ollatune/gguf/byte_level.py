@@ -92,9 +92,13 @@ class ByteLevelEncoder:
 
 def parse_merges(merges: Sequence[str]) -> list[tuple[str, str]]:
     """Merges in order of rank, each once: `"Ġt he"` is `("Ġt", "he")`. The first character is never the separator."""
-    pairs: dict[tuple[str, str], None] = {}
-    for merge in merges:
+    once = dict.fromkeys(merges)
+    split = [merge.split(" ") for merge in once]
+    if all(len(pair) == 2 and pair[0] for pair in split):
+        return [(left, right) for left, right in split]
+    pairs: list[tuple[str, str]] = []
+    for merge in once:
         left, separator, right = merge[1:].partition(" ")
         if separator:
-            pairs[merge[0] + left, right] = None
-    return list(pairs)
+            pairs.append((merge[0] + left, right))
+    return pairs

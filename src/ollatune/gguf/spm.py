@@ -45,16 +45,15 @@ class SpmEncoder:
         return [self.encode(text) for text in texts]
 
     def _encode_piece(self, piece: str) -> list[int]:
-        if len(piece) == 1:
-            return self._id_or_bytes(piece)
+        """The ids of a piece that is not in the cache, from smaller pieces where it can be cut further."""
         neighbours = self._neighbours
         start = 0
         ids: list[int] = []
         for end in range(1, len(piece)):
             if piece[end - 1 : end + 1] not in neighbours:
-                ids += self._merge(piece[start:end])
+                ids += self._cache[piece[start:end]]
                 start = end
-        return ids + self._merge(piece[start:])
+        return ids + self._cache[piece[start:]] if start else self._merge(piece)
 
     @cached_property
     def _neighbours(self) -> frozenset[str]:

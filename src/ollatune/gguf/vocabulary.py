@@ -184,7 +184,7 @@ def _sequence(metadata: Mapping[str, Any], name: str) -> Sequence[Any] | None:
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:
     tokens = _sequence(metadata, "tokens")
-    if tokens is None or not len(tokens) or not all(isinstance(token, str) for token in tokens):
+    if tokens is None or set(map(type, tokens)) != {str}:
         raise InputError(f"The model file has no vocabulary ({_KEY}tokens).", hint=_NEWER_HINT)
     return [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
 
@@ -195,7 +195,8 @@ def _kinds(metadata: Mapping[str, Any], num_tokens: int) -> list[int]:
         return [int(Kind.NORMAL)] * num_tokens
     _require_length("token_type", types, num_tokens)
     by_type = {number: int(kind) for number, kind in _KINDS_BY_TYPE.items()}
-    return [by_type.get(int(number), int(Kind.UNDEFINED)) for number in types[:num_tokens]]
+    undefined = int(Kind.UNDEFINED)
+    return [by_type.get(number, undefined) for number in types[:num_tokens]]
 
 
 def _scores(metadata: Mapping[str, Any], num_tokens: int) -> list[float]:
@@ -208,7 +209,7 @@ def _scores(metadata: Mapping[str, Any], num_tokens: int) -> list[float]:
 
 def _merges(metadata: Mapping[str, Any]) -> list[str]:
     merges = _sequence(metadata, "merges")
-    if merges is None or not all(isinstance(merge, str) for merge in merges):
+    if merges is None or set(map(type, merges)) != {str}:
         raise InputError(f"The vocabulary has no merges ({_KEY}merges).", hint=_NEWER_HINT)
     return list(merges)
 
