@@ -105,6 +105,11 @@ class ChatTemplate:
                 examples.append(example)
         return examples
 
+    def end_of_turn(self) -> str:
+        """The text that ends an answer, such as `<|im_end|>`. Raises InputError where there is none to be found."""
+        question = [Message("user", "Hello")]
+        return self._reader(None).read(question, Message("assistant", "Hi")).ending
+
     def _prepare(
         self, messages: Sequence[Message], tools: Tools, targets: Targets
     ) -> tuple[TurnReader, list[Message]]:
