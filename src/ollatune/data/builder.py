@@ -26,7 +26,7 @@ _COLUMN_TYPES = {
 }
 """Type codes of `array.array`: these columns of a large file would be gigabytes as Python numbers."""
 
-WriteTokens = Callable[[npt.NDArray[np.uint32]], None]
+WriteTokens = Callable[[npt.NDArray[np.uint32]], object]
 
 
 class StoreBuilder:

@@ -82,9 +82,10 @@ class RecordReader:
             sample.metadata = {k: v for k, v in value.items() if k not in self._known}
         return sample
 
-    def fix_form(self, name: str) -> None:
-        """Require the form called `name` from the start (a worker is told what the first record was)."""
+    def fix_form(self, name: str, first: Position) -> None:
+        """Require the form called `name`, which the record at `first` had, from the start."""
         self._use(next(form for form in FORMS if form.name == name))
+        self.first = first
 
     def _use(self, form: RecordForm) -> None:
         converters: dict[str, Callable[[dict[str, Any], Position], Sample]] = {
