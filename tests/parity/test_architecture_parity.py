@@ -6,8 +6,7 @@ base with a LoRA adapter, and of the base with the adapter merged. Both sides co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ollatune.evaluation.engine import LlamaCppEngine
+from ollatune.export.adapter_gguf import write_adapter
+from ollatune.export.apply import apply_export
+from ollatune.export.plan import plan_export
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.tokenizer import GGUFTokenizer
 from ollatune.modeling.architectures import architecture_of
@@ -76,8 +79,12 @@ def test_lora_adapter_and_merged(recipe: str, tmp_path: Path) -> None:
     model = load(path)
     lora = random_lora(model)
     adapter, merged = tmp_path / "adapter.gguf", tmp_path / "merged.gguf"
-    write_adapter(adapter, path, lora)
-    write_merged(merged, path, lora)
+    with GGUFFile.open(path) as file:
+        architecture = architecture_of(file.metadata, file.tensors)
+        write_adapter(file, lora_in_gguf_order(architecture, lora), adapter)
+        apply_export(
+            plan_export(file, export_updates(architecture, lora=lora), tensor_type="f32"), merged
+        )
     plain = log_probabilities(model, fixed_prompts()[-1])
     with torch.no_grad():
         for name, (a, b, scale) in lora.items():
@@ -121,7 +128,7 @@ def test_smollm2(smollm2_path: Path, tmp_path: Path) -> None:
     ids = [tokenizer.encode(text) for text in texts]
     assert tokenizer.decode([int(log_probabilities(model, ids[0]).argmax())]) == " Paris"
     decoded = tmp_path / "f32.gguf"
-    rewrite(decoded, smollm2_path, lambda name, values: values)
+    write_float32(decoded, smollm2_path)
     assert worst_kl(model, decoded, prompts=ids) < 1e-8
     # llama.cpp rounds activations to 8 bits where weights are quantised: what is served differs by so much
     assert worst_kl(model, smollm2_path, prompts=ids) < 5e-2
@@ -157,44 +164,22 @@ def worst_kl(
     prompts: Sequence[Sequence[int]] | None = None,
 ) -> float:
     """The largest divergence of the served distribution from the model's, over the prompts, in nats."""
-    chosen = fixed_prompts() if prompts is None else prompts
-    with served(path, model.config.vocab_size, adapter=adapter, context=context) as answer:
-        return max(divergence(log_probabilities(model, ids), answer(ids)) for ids in chosen)
+    with LlamaCppEngine(path, context=context, threads=1, adapter=adapter) as engine:
+        return max(
+            divergence(log_probabilities(model, ids), normalised(engine.next_token_logprobs(ids)))
+            for ids in (fixed_prompts() if prompts is None else prompts)
+        )
 
 
 def divergence(p: LogProbabilities, q: LogProbabilities) -> float:
     return float(np.sum(np.exp(p) * (p - q)))
 
 
-@contextmanager
-def served(
-    path: Path, vocab_size: int, *, adapter: Path | None, context: int
-) -> Iterator[Callable[[Sequence[int]], LogProbabilities]]:
-    """llama.cpp in process: a function from prompt ids to the log-probabilities of the next token."""
-    engine = pytest.importorskip("xllamacpp")
-    parameters = engine.CommonParams()
-    parameters.model.path = str(path)
-    parameters.n_ctx, parameters.n_parallel = context, 1
-    parameters.verbosity, parameters.port, parameters.warmup = -1, 0, False
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
-    parameters.cache_type_k = parameters.cache_type_v = engine.ggml_type.GGML_TYPE_F32
-    parameters.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if adapter is not None:
-        parameters.lora_adapters = [engine.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    server = engine.Server(parameters)
-
-    def answer(ids: Sequence[int]) -> LogProbabilities:
-        request = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "logprobs": vocab_size}
-        response = server.handle_completions(request)
-        entries = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        assert len(entries) == vocab_size
-        found = np.empty(vocab_size)
-        found[[entry["id"] for entry in entries]] = [entry["logprob"] for entry in entries]
-        # The server sums the vocabulary in single precision, which shifts all values alike by some 1e-7.
-        normalised: LogProbabilities = found - np.log(np.sum(np.exp(found)))
-        return normalised
-
-    yield answer
+def normalised(logprobs_V: npt.NDArray[np.float32]) -> LogProbabilities:
+    """The server sums the vocabulary in single precision, which shifts all values alike by some 1e-7."""
+    served = logprobs_V.astype(np.float64)
+    summed: LogProbabilities = served - np.log(np.sum(np.exp(served)))
+    return summed
 
 
 class TableGelu(nn.Module):
@@ -209,50 +194,20 @@ class TableGelu(nn.Module):
 
 
 def random_lora(model: Any) -> dict[str, LoraFactors]:
-    """Factors for every linear layer but the output layer."""
+    """Factors for every linear layer; a tied output layer has no tensor of its own to adapt."""
     generator = torch.Generator().manual_seed(5)
     lora: dict[str, LoraFactors] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        is_tied_head = name == "lm_head" and model.config.tie_word_embeddings
+        if isinstance(module, nn.Linear) and not is_tied_head:
             a = torch.randn(LORA_RANK, module.in_features, generator=generator)
             b = torch.randn(module.out_features, LORA_RANK, generator=generator)
             lora[name] = (a * module.in_features**-0.5, b * 0.2, LORA_ALPHA / LORA_RANK)
     return lora
 
 
-def write_adapter(path: Path, base: Path, lora: dict[str, LoraFactors]) -> None:
-    with GGUFFile.open(base) as file:
-        architecture = architecture_of(file.metadata, file.tensors)
-    writer = gguf.GGUFWriter(path, architecture.name)
-    writer.add_string("general.type", "adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", LORA_ALPHA)
-    for name, (a, b, _) in lora_in_gguf_order(architecture, lora).items():
-        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a.numpy()))
-        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b.numpy()))
-    finish(writer)
-
-
-def write_merged(path: Path, base: Path, lora: dict[str, LoraFactors]) -> None:
-    with GGUFFile.open(base) as file:
-        updates = export_updates(architecture_of(file.metadata, file.tensors), lora=lora)
-    by_name = {update.name: update for update in updates}
-
-    def merge(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        if name not in by_name:
-            return values
-        merged: npt.NDArray[np.float32] = by_name[name].apply(torch.from_numpy(values)).numpy()
-        return merged
-
-    rewrite(path, base, merge)
-
-
-def rewrite(
-    path: Path,
-    base: Path,
-    change: Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.float32]],
-) -> None:
-    """A copy of `base` with every tensor in float32 and passed through `change`."""
+def write_float32(path: Path, base: Path) -> None:
+    """A copy of `base` with every tensor in float32, by the `gguf` package alone."""
     reader = gguf.GGUFReader(base)
     writer = gguf.GGUFWriter(path, str(reader.fields["general.architecture"].contents()))
     for field in reader.fields.values():
@@ -261,11 +216,7 @@ def rewrite(
             writer.add_key_value(field.name, field.contents(), field.types[0], element_type)
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        writer.add_tensor(tensor.name, np.ascontiguousarray(change(tensor.name, values.copy())))
-    finish(writer)
-
-
-def finish(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor(tensor.name, np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -27,6 +27,7 @@ from ollatune.modeling.architectures.updates import (
     lora_in_gguf_order,
     rules_of,
 )
+from ollatune.modeling.fast.forward import CausalStep, PackedRow
 from ollatune.modeling.load import load_base_model
 from tests.tiny_models import RECIPES, VOCABULARY_SIZE, TinyModel, gguf_tensors, tiny_model
 
@@ -135,6 +136,25 @@ def test_loaded_model_is_the_source_model(recipe: str, tiny: Callable[[str], Tin
         torch.testing.assert_close(rotary.get_buffer(name), buffer, rtol=1e-6, atol=0)
     difference = (logits(model) - logits(source.model)).abs().max().item()
     assert difference < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_packed_rows_give_what_transformers_gives(
+    recipe: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    with GGUFFile.open(tiny(recipe).path) as file:
+        model = load_base_model(file)
+    ids_T, short = TOKENS_BT[0], 25
+    with torch.no_grad():
+        apart = [model(ids_T[None, :length]).logits[0] for length in (short, len(ids_T))]
+        rows = torch.cat([ids_T[:short], ids_T])
+        positions = torch.cat([torch.arange(short), torch.arange(len(ids_T))])
+        row = PackedRow(rows, positions, [short, len(ids_T)], torch.arange(len(rows)), rows)
+        step = CausalStep(model)  # switches the model's attention
+        together = model.lm_head(step.hidden(row))
+        if step.settings.softcap is not None:
+            together = torch.tanh(together / step.settings.softcap) * step.settings.softcap
+    torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=LOGIT_TOLERANCE)
 
 
 def test_loaded_model_is_frozen_tied_and_in_evaluation(tiny: Callable[[str], TinyModel]) -> None:
