@@ -176,7 +176,7 @@ def _number(text: str) -> Any:
 
 
 def load_config(
-    path: Path | None = None,
+    source: Path | ParsedYaml | None = None,
     *,
     assignments: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
@@ -184,14 +184,18 @@ def load_config(
     """The resolved configuration.
 
     Args:
-        path: a YAML file, hand-written or the resolved one of an earlier run; None starts from the defaults.
+        source: a YAML file, hand-written or the resolved one of an earlier run, or one already read; None starts
+            from the defaults.
         assignments: `section.key=value` strings of `--set`, in order.
         overrides: values of named flags by dotted key, already typed.
 
     Raises:
         UsageError: unreadable file, unknown key (with the nearest name), wrong type or range; all mistakes at once.
     """
-    parsed = read_yaml(path) if path is not None else ParsedYaml("defaults", {})
+    if source is None:
+        parsed = ParsedYaml("defaults", {})
+    else:
+        parsed = read_yaml(source) if isinstance(source, Path) else source
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key.strip():

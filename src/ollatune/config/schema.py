@@ -286,7 +286,13 @@ class OutputConfig(Section):
         Path("models/trained"),
         description="The run's folder: config, metrics, adapter, best model.",
     )
-    checkpoints: Path = Field(Path("checkpoints"), description="Where `epoch_N.pt` files go.")
+    checkpoints: Path | None = Field(
+        None,
+        description=(
+            "Where `epoch_N.pt` files go; None is `checkpoints/` beside the default output folder, "
+            "and `<output>/checkpoints/` for any other."
+        ),
+    )
     logs: Path = Field(Path("logs/training"), description="Where log files go.")
 
 

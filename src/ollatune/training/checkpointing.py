@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ollatune.base.errors import InputError, UsageError
+from ollatune.base.errors import InputError, StorageError, UsageError
 from ollatune.base.faults import fault_point
 from ollatune.base.files import free_bytes, staged_file
 from ollatune.base.log import get_logger
+from ollatune.base.text import format_bytes
 from ollatune.checkpoint.format import Checkpoint, write_checkpoint
 from ollatune.checkpoint.store import CheckpointStore
 from ollatune.modeling.lora import adapter_state, load_adapter_state, lora_layers
@@ -58,6 +59,7 @@ class Identity:
     config: dict[str, Any]
     base: dict[str, Any]
     data_digest: str
+    overrides: dict[str, Any]
 
 
 def make_checkpoint(
@@ -84,6 +86,7 @@ def make_checkpoint(
             "overfitting": run.overfitting.state(),
             "dropout": [layer.dropout for layer in lora_layers(run.model).values()],
             "data_digest": identity.data_digest,
+            "overrides": identity.overrides,
         }
         if with_optimizer
         else {},
@@ -142,9 +145,6 @@ def require_disk(run: TrainingRun, folder: Path, keep: int) -> None:
     needed = checkpoint_bytes(run) * (keep + 2)
     free = free_bytes(folder)
     if free < needed:
-        from ollatune.base.errors import StorageError
-        from ollatune.base.text import format_bytes
-
         raise StorageError(
             f"{folder}: this run's checkpoints need {format_bytes(needed)}, {format_bytes(free)} are free.",
             hint="Free some space, choose another --output, or lower training.keep_checkpoints.",
@@ -193,7 +193,7 @@ def classify_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list
 
 
 def check_changes(old: dict[str, Any], new: dict[str, Any], *, force: bool) -> None:
-    """Say which settings changed since the checkpoint. Raises UsageError for those that break the run, unless forced."""
+    """Say which settings changed since the checkpoint. Raises UsageError for those that break it, unless forced."""
     changes = classify_changes(old, new)
     logger = get_logger("training")
     for change in changes["warn"]:

@@ -6,11 +6,15 @@ and 4 processes give the same update.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ollatune.base.errors import UsageError
 
 
 class Processes:
@@ -62,3 +66,22 @@ class Processes:
     def barrier(self) -> None:
         if self.count > 1:
             dist.barrier()
+
+
+def connect_processes(device: torch.device, *, timeout_seconds: int) -> Processes:
+    """Join the processes that torchrun or `accelerate launch` started. Raises UsageError where none did."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            "--distributed was given, but this process was not started by torchrun.",
+            hint="For example: torchrun --nproc_per_node=2 src/models/train.py --config FILE --distributed",
+        )
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(seconds=timeout_seconds))
+    return Processes(state.process_index, state.num_processes, device)
+
+
+def disconnect_processes() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

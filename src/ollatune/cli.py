@@ -1,0 +1,286 @@
+"""The command tree, and the one place where an error becomes a message and an exit code.
+
+Nothing heavy is imported at module level: help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ollatune import __version__
+from ollatune.base.errors import OllatuneError
+from ollatune.base.log import configure_logging, redact
+
+app = typer.Typer(
+    name="ollatune",
+    help="Fine-tune the models Ollama serves, on the weights it serves, and put them back - proved.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+ConfigFlag = Annotated[Path | None, typer.Option("--config", "-c", help="YAML configuration file.")]
+SetFlag = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one setting: section.key=value. Repeatable."),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Also log details.")]
+
+
+def _flags(**values: Any) -> dict[str, Any]:
+    """Named flags that were given, by the dotted key of the setting that each stands for."""
+    return {key.replace("__", "."): value for key, value in values.items() if value is not None}
+
+
+def _finish(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, default=str))
+    else:
+        shown = text(result)
+        if shown:
+            print(shown)
+
+
+@app.command()
+def train(
+    config: ConfigFlag = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="File or folder of records.  [data/processed/]")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Ollama name, .gguf file, or embedded:smollm2-135m."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run's folder.  [models/trained/]")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", help="Go on from this checkpoint, or `auto` for the newest."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the data.")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option("--batch-size", help="Examples per micro-batch, or `auto`.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Peak learning rate.")
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None,
+        typer.Option("--gradient-accumulation-steps", help="Micro-batches per optimiser step."),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option("--lora-rank", help="Rank of the adapter.")
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", help="Stop after this many optimiser steps.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Join the processes torchrun started.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Anomaly detection, shapes and norms, first batch shown."),
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Record where time and memory go.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Resume although settings or data changed.")
+    ] = False,
+    assignments: SetFlag = None,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Fine-tune a model.
+
+    Example: ollatune train --model llama3.2:1b --data data/processed/ --output models/trained/
+    """
+    from ollatune.commands.train import TrainOptions, run_train
+
+    configure_logging(level=logging.DEBUG if verbose or debug else logging.INFO)
+    flags = _flags(
+        data__sources=None if data is None else [{"path": str(data)}],
+        model__base_model=model,
+        output__folder=output,
+        training__epochs=epochs,
+        training__batch_size=_whole_number(batch_size),
+        training__learning_rate=learning_rate,
+        training__gradient_accumulation_steps=gradient_accumulation_steps,
+        training__max_steps=max_steps,
+        training__seed=seed,
+        advanced__lora_rank=lora_rank,
+    )
+    result = run_train(
+        TrainOptions(
+            config, tuple(assignments or ()), flags, resume, overwrite, force, dry_run, debug,
+            profile, distributed,
+        )
+    )  # fmt: skip
+    _finish(result, as_json, _train_text)
+
+
+def _whole_number(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def _train_text(result: dict[str, Any]) -> str:
+    if not result:
+        return ""
+    if result.get("dry_run"):
+        from ollatune.commands.dry_run import plan_text
+
+        return plan_text(result)
+    val = result.get("best_val_loss")
+    loss = "" if val is None else f", best validation loss {val:.4f}"
+    return (
+        f"Done: {result['steps']} steps, {result['tokens']} tokens in {result['train_seconds']:.0f} s"
+        f"{loss}. Next:\n  ollatune create-modelfile --checkpoint {result['best_model']} "
+        "--output models/ollama/"
+    )
+
+
+@app.command("create-modelfile")
+def create_modelfile(
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", help="best_model.pt, or a file under checkpoints/.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The export folder.")] = Path(
+        "models/ollama"
+    ),
+    config: ConfigFlag = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The base, where it is no longer under its old name."),
+    ] = None,
+    tensor_type: Annotated[
+        str | None,
+        typer.Option("--type", help="Type of the tuned tensors: q8_0, q6_K, f16, q4_K_M, …"),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="SYSTEM message of the exported model.")
+    ] = None,
+    create: Annotated[
+        str | None,
+        typer.Option("--create", help="Also create this model in Ollama, and verify it."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --create: replace a tag that exists.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan of the export, and write nothing.")
+    ] = False,
+    assignments: SetFlag = None,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Export a checkpoint as a GGUF with its Modelfile.
+
+    Example: ollatune create-modelfile --checkpoint models/trained/best_model.pt --output models/ollama/
+    """
+    from ollatune.commands.create_modelfile import ExportOptions, run_create_modelfile
+
+    configure_logging(level=logging.DEBUG if verbose else logging.INFO)
+    flags = _flags(export__tensor_type=tensor_type, export__system=system)
+    result = run_create_modelfile(
+        ExportOptions(
+            checkpoint,
+            output,
+            config,
+            tuple(assignments or ()),
+            flags,
+            model,
+            create,
+            force,
+            dry_run,
+        )
+    )
+    _finish(result, as_json, _export_text)
+
+
+def _export_text(result: dict[str, Any]) -> str:
+    if result.get("dry_run"):
+        return ""
+    return f"Next:\n  ollama create my-model -f {result['modelfile']}\n  ollama run my-model"
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"ollatune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _with_dashes(arguments: list[str]) -> list[str]:
+    """`--learning_rate` means `--learning-rate`; values, and what follows `--`, stay as they are."""
+    result = []
+    for index, argument in enumerate(arguments):
+        if argument == "--":
+            return result + arguments[index:]
+        if argument.startswith("--"):
+            name, separator, value = argument.partition("=")
+            argument = name.replace("_", "-") + separator + value
+        result.append(argument)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code (see `base.errors`). Tracebacks are for our own mistakes only."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(_with_dashes(given), prog_name="ollatune", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except OllatuneError as error:
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        return _usage_error(error)
+
+
+def _usage_error(error: Exception) -> int:
+    """Typer's own errors (unknown option, missing value) in our form; anything else is a bug and keeps its traceback."""
+    show = getattr(error, "format_message", None)
+    if show is None:
+        if type(error).__name__ == "Abort":
+            return 130
+        raise error
+    context = getattr(error, "ctx", None)
+    where = f" Try `{context.command_path} --help`." if context is not None else ""
+    print(f"error: {show()}{where}", file=sys.stderr)
+    return int(getattr(error, "exit_code", 2))
+
+
+def entry() -> None:
+    """The console command."""
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Finding a base model through a running Ollama server, for the commands that take one by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ollatune.config.schema import Config
+from ollatune.ollama.names import ModelName
+from ollatune.ollama.store import store_roots
+from ollatune.ollama.stored import StoredModel
+
+
+def remote_finder(config: Config) -> Callable[[ModelName], StoredModel]:
+    """A function that asks the configured server for a model, and lets it pull what it does not have."""
+
+    def find(name: ModelName) -> StoredModel:
+        from ollatune.ollama.client import OllamaClient
+        from ollatune.ollama.pull import ensure_local
+
+        models = config.ollama.models
+        roots = [models] if models is not None else store_roots()
+        with PullBars() as bars:
+            return ensure_local(
+                name, OllamaClient(config.ollama.host), roots=roots, progress=bars.update
+            )
+
+    return find
+
+
+class PullBars:
+    """One tqdm bar per layer of a pull, on stderr."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> PullBars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+    def update(self, event: Any) -> None:
+        """Show one progress event of the client."""
+        digest, total = getattr(event, "digest", ""), getattr(event, "total", 0)
+        if not digest or not total:
+            return
+        if digest not in self._bars:
+            from tqdm import tqdm
+
+            short = digest.removeprefix("sha256:")[:12]
+            self._bars[digest] = tqdm(total=total, unit="B", unit_scale=True, desc=short)
+        bar = self._bars[digest]
+        bar.update(max(0, event.completed - bar.n))

@@ -1,0 +1,274 @@
+"""The composition root: configuration + base model + data → a run that is ready to start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ollatune.base.errors import UsageError
+from ollatune.base.log import get_logger
+from ollatune.base.text import format_count
+from ollatune.config.schema import Config, DataConfig, DataSource
+from ollatune.data.conversation import Conversation
+from ollatune.data.load import DatasetSplits, load_examples, make_order
+from ollatune.data.loader import BatchLoader, LoaderSettings, evaluation_batches
+from ollatune.modeling.fast.forward import CausalStep
+from ollatune.modeling.load import load_base_model
+from ollatune.modeling.lora import (
+    LoRASettings,
+    count_parameters,
+    inject_lora,
+    trainable_parameters,
+)
+from ollatune.modeling.opened import OpenBase
+from ollatune.templates.messages import Message
+from ollatune.training.distributed import Processes
+from ollatune.training.environment import DTYPES
+from ollatune.training.loop import Hooks, TrainingRun
+from ollatune.training.optimizer import build_optimizer
+from ollatune.training.schedule import Schedule
+from ollatune.training.state import RunState, seed_everything
+from ollatune.training.stopping import EarlyStopping, OverfittingWatch
+from ollatune.training.validation import Metric, SamplePrompt, Validator
+
+
+def context_window(config: Config, base: OpenBase) -> int:
+    """The configured window, capped at what the base supports (with a note)."""
+    wanted, supported = config.model.context_window, base.context_length
+    if supported is not None and wanted > supported:
+        get_logger("training").info(
+            "model.context_window is %d; %s supports %d, which is used.",
+            wanted, base.source.name, supported,
+        )  # fmt: skip
+        return supported
+    return wanted
+
+
+def data_settings(config: Config, base: OpenBase) -> DataConfig:
+    """The data settings with the base's own system message where none is configured: it is what is served."""
+    if config.data.system is None and base.source.system:
+        return config.data.model_copy(update={"system": base.source.system})
+    return config.data
+
+
+def load_data(config: Config, base: OpenBase) -> DatasetSplits:
+    """Read, render and split the data (see `data.load.load_examples`), with its report logged."""
+    splits = load_examples(
+        data_settings(config, base),
+        base.tokenizer,
+        base.template,
+        max_length=context_window(config, base),
+        method=config.training.method,
+        seed=config.training.seed,
+    )
+    logger = get_logger("data")
+    for name, split in splits.report.splits.items():
+        logger.info(
+            "%s: %d records, %s tokens, %s of them targets.",
+            name.capitalize(), split.num_records, format_count(split.num_tokens),
+            format_count(split.num_target_tokens),
+        )  # fmt: skip
+    for warning in splits.report.warnings:
+        logger.warning("%s", warning)
+    return splits
+
+
+def build_model(
+    config: Config, base: OpenBase, *, dtype: str, mode: str, device: torch.device
+) -> nn.Module:
+    """The base model with what the method trains made trainable."""
+    settings = config.advanced
+    if not settings.lora_enabled and mode == "packed":
+        raise UsageError(
+            "All weights cannot be trained while they stay packed.",
+            hint="Set model.quantization: none, or train an adapter (advanced.lora_enabled: true).",
+        )
+    compute = DTYPES[dtype]
+    if not settings.lora_enabled:
+        compute = torch.float32  # small updates vanish in 8 bits of mantissa
+    model: nn.Module = load_base_model(
+        base.gguf, mode="packed" if mode == "packed" else "dense", dtype=compute, device=device,
+        serving_context=context_window(config, base),
+    )  # fmt: skip
+    if settings.lora_enabled:
+        inject_lora(
+            model,
+            LoRASettings(
+                rank=settings.lora_rank,
+                alpha=settings.lora_alpha,
+                dropout=settings.lora_dropout,
+                target_modules=settings.lora_target_modules,
+                layers=settings.lora_layers,
+                use_rslora=settings.use_rslora,
+                use_dora=settings.use_dora,
+            ),
+            seed=config.training.seed,
+        )
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    if config.training.activation_checkpointing:
+        transformers_model: Any = model
+        transformers_model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        transformers_model.enable_input_require_grads()
+    return model
+
+
+def sources_of(config: Config) -> list[DataSource]:
+    return list(config.data.sources)
+
+
+def make_loader(config: Config, splits: DatasetSplits, processes: Processes) -> BatchLoader:
+    """The training stream of this process."""
+    training = config.training
+    batch_size = training.batch_size if isinstance(training.batch_size, int) else 1
+    order = make_order(
+        splits.train, config.data, seed=training.seed, sources=sources_of(config),
+        group_size=batch_size,
+    )  # fmt: skip
+    return BatchLoader(
+        splits.train,
+        order,
+        LoaderSettings(
+            batch_size=batch_size,
+            accumulation_steps=training.gradient_accumulation_steps,
+            rank=processes.rank,
+            world_size=processes.count,
+        ),
+    )
+
+
+def total_steps(config: Config, loader: BatchLoader) -> int:
+    """Optimiser steps of the whole run."""
+    steps = sum(loader.steps_per_epoch(epoch) for epoch in range(config.training.epochs))
+    limit = config.training.max_steps
+    return steps if limit is None else min(steps, limit)
+
+
+def make_schedule(config: Config, num_steps: int) -> Schedule:
+    """The learning-rate schedule. Says so when the warm-up would eat most of the run."""
+    training = config.training
+    warmup = training.warmup_steps
+    if training.warmup_fraction is not None:
+        warmup = math.ceil(training.warmup_fraction * num_steps)
+    if warmup >= num_steps:
+        get_logger("training").warning(
+            "The warm-up (%d steps) is as long as the run (%d): the learning rate never reaches %g. "
+            "Lower training.warmup_steps, or set training.warmup_fraction: 0.1.",
+            warmup, num_steps, training.learning_rate,
+        )  # fmt: skip
+    return Schedule(
+        training.scheduler,
+        training.learning_rate,
+        warmup,
+        num_steps,
+        training.min_learning_rate_fraction,
+        training.scheduler_power,
+    )
+
+
+def sample_prompts(splits: DatasetSplits, base: OpenBase, limit: int | None) -> list[SamplePrompt]:
+    """Validation conversations as prompts: everything before the last answer, and that answer."""
+    prompts: list[SamplePrompt] = []
+    for sample in splits.samples.get("validation", ()):
+        if limit is not None and len(prompts) >= limit:
+            break
+        if not isinstance(sample, Conversation) or sample.messages[-1].role != "assistant":
+            continue
+        messages = [Message(m.role, m.content) for m in sample.messages[:-1]]
+        prompt = base.template.render_prompt(messages)
+        ids = base.tokenizer.encode(prompt, add_bos=base.tokenizer.add_bos)
+        prompts.append(SamplePrompt(ids, prompt, sample.messages[-1].content))
+    return prompts
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in which number type the model computes; `mode` is `dense` or `packed`."""
+
+    device: torch.device
+    dtype: str
+    mode: str
+
+
+def build_run(
+    config: Config,
+    base: OpenBase,
+    splits: DatasetSplits,
+    placement: Placement,
+    processes: Processes,
+    hooks: Hooks,
+) -> TrainingRun:
+    """Model, optimiser, schedule and loader of a new run; `checkpointing.restore` turns it into a resumed one."""
+    seed_everything(config.training.seed, deterministic=config.training.deterministic)
+    model = build_model(
+        config, base, dtype=placement.dtype, mode=placement.mode, device=placement.device
+    )
+    parameters = trainable_parameters(model)
+    get_logger("training").info(
+        "Training %s of %s parameters.",
+        format_count(count_parameters(parameters)),
+        format_count(sum(p.numel() for p in model.parameters())),
+    )
+    loader = make_loader(config, splits, processes)
+    num_steps = total_steps(config, loader)
+    return TrainingRun(
+        config=config,
+        model=model,
+        step_function=CausalStep(model, label_smoothing=config.training.label_smoothing),
+        parameters=[parameter for _, parameter in parameters],
+        optimizer=build_optimizer(parameters, config.training),
+        schedule=make_schedule(config, num_steps),
+        loader=loader,
+        state=RunState(),
+        early_stopping=EarlyStopping(
+            config.training.early_stopping_patience, config.training.early_stopping_min_delta
+        ),
+        overfitting=OverfittingWatch(config.training.overfitting_patience),
+        hooks=hooks,
+        processes=processes,
+        device=placement.device,
+        total_steps=num_steps,
+    )
+
+
+def build_validator(
+    run: TrainingRun, base: OpenBase, splits: DatasetSplits, metrics: Mapping[str, Metric]
+) -> Validator | None:
+    """What validates `run`, or None where the data has no validation part."""
+    if splits.validation is None:
+        return None
+    settings = run.config.validation
+    loader_settings = LoaderSettings(
+        batch_size=settings.batch_size, rank=run.processes.rank, world_size=run.processes.count
+    )
+    if run.config.training.method == "fine-tuning":
+        prompts = sample_prompts(splits, base, None if metrics else settings.samples)
+    elif metrics:
+        raise UsageError(
+            "validation.metrics score answers; continued pre-training has none.",
+            hint="Leave validation.metrics empty.",
+        )
+    else:
+        prompts = []
+    return Validator(
+        step_function=run.step_function,
+        model=run.model,
+        batches=partial(evaluation_batches, splits.validation, loader_settings),
+        prompts=prompts,
+        num_samples=settings.samples,
+        metrics=dict(metrics),
+        decode=base.tokenizer.decode,
+        stop_ids=base.tokenizer.end_of_generation_ids,
+        max_new_tokens=settings.max_new_tokens,
+        processes=run.processes,
+        device=run.device,
+    )

@@ -1,0 +1,111 @@
+"""Validation during training: loss, perplexity, token accuracy, generated samples, task metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ollatune.data.batching import Batch
+from ollatune.modeling.fast.forward import CausalStep, evaluation_mode, generate_greedy
+from ollatune.training.distributed import Processes
+from ollatune.training.rows import row_of
+
+Metric = Callable[[str, str], float]
+"""From (answer, expected answer) to a score between 0 and 1."""
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A validation record as the served model would see it: prompt ids, and the answer that was wanted."""
+
+    prompt_ids: list[int]
+    prompt: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """Losses are means per target token; `samples` hold prompt, expected and generated texts."""
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    num_targets: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Validator:
+    """Validates one model on fixed data.
+
+    `batches` makes the batches anew each time. `prompts` are answered greedily: all of them when there are metrics,
+    else the first `num_samples`.
+    """
+
+    step_function: CausalStep
+    model: nn.Module
+    batches: Callable[[], Iterable[Batch]]
+    prompts: Sequence[SamplePrompt]
+    num_samples: int
+    metrics: dict[str, Metric]
+    decode: Callable[[Sequence[int]], str]
+    stop_ids: frozenset[int]
+    max_new_tokens: int
+    processes: Processes
+    device: torch.device
+
+    def validate(self) -> ValidationReport:
+        """Loss over all batches; answers on the main process only."""
+        loss_sum, num_correct, num_targets = 0.0, 0, 0
+        with evaluation_mode(self.model):
+            for batch in self.batches():
+                row = row_of(batch).to(self.device)
+                if not row.num_targets:
+                    continue
+                loss, correct = self.step_function.evaluate(row)
+                loss_sum += loss
+                num_correct += correct
+                num_targets += row.num_targets
+        totals = torch.tensor([loss_sum, num_correct, num_targets], dtype=torch.float64)
+        loss_sum, correct_sum, target_sum = self.processes.sum_tensor(
+            totals.to(self.processes.device)
+        ).tolist()
+        loss = loss_sum / max(1.0, target_sum)
+        answers = self._answers() if self.processes.is_main else []
+        scores = {
+            name: sum(metric(a["answer"], a["expected"]) for a in answers) / len(answers)
+            for name, metric in self.metrics.items()
+            if answers
+        }
+        return ValidationReport(
+            loss,
+            math.exp(min(loss, 700.0)),
+            correct_sum / max(1.0, target_sum),
+            int(target_sum),
+            scores,
+            answers[: self.num_samples],
+        )
+
+    def _answers(self) -> list[dict[str, Any]]:
+        prompts = self.prompts if self.metrics else self.prompts[: self.num_samples]
+        return [
+            {
+                "prompt": prompt.prompt,
+                "expected": prompt.expected,
+                "answer": self.decode(
+                    generate_greedy(
+                        self.model,
+                        prompt.prompt_ids,
+                        max_new_tokens=self.max_new_tokens,
+                        stop_ids=self.stop_ids,
+                    )
+                ),
+            }
+            for prompt in prompts
+        ]
