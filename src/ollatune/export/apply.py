@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ollatune.base.errors import DivergedError, InputError, VerificationError
+from ollatune.base.errors import InputError, VerificationError
 from ollatune.base.files import write_json
 from ollatune.base.log import get_logger
 from ollatune.export.plan import ExportPlan, PlannedTensor
-from ollatune.export.recovery import SMALLEST_ACCEPTED_RECOVERY, measure_recovery
+from ollatune.export.recovery import (
+    LARGEST_ACCEPTED_RECOVERY,
+    SMALLEST_ACCEPTED_RECOVERY,
+    is_accepted,
+    measure_recovery,
+)
+from ollatune.export.settle import settle_types
 from ollatune.export.target_types import next_larger_type
-from ollatune.gguf.codecs import dequantize, quantize
+from ollatune.export.weights import decode_tensor, updated
+from ollatune.gguf.codecs import quantize
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.types import GGMLType
 from ollatune.gguf.writer import Chunk, TensorToWrite, write_gguf
@@ -69,9 +75,8 @@ class ExportResult:
             "tensor_type": self.tensor_type,
             "edited_keys": list(self.edited_keys),
             "smallest_recovery": self.smallest_recovery,
-            "smallest_accepted_recovery": None
-            if self.accept_recovery
-            else SMALLEST_ACCEPTED_RECOVERY,
+            "accepted_recovery": [SMALLEST_ACCEPTED_RECOVERY, LARGEST_ACCEPTED_RECOVERY],
+            "accept_recovery": self.accept_recovery,
             "tensors": [tensor.to_json() for tensor in self.tensors],
         }
 
@@ -85,6 +90,8 @@ def apply_export(
 ) -> ExportResult:
     """Write the planned GGUF to `output`, and `export.json` beside it. `on_tensor` hears of each tensor's end.
 
+    The types of an `auto` plan are settled first (`settle.settle_types`).
+
     Raises:
         VerificationError: an update would not survive (`accept_recovery` writes it all the same).
         DivergedError: an update holds NaN or infinity.
@@ -93,6 +100,8 @@ def apply_export(
     In every one of these cases `output` is as it was before.
     """
     _refuse_to_replace_the_base(plan.base, output)
+    if not plan.is_settled:
+        plan = settle_types(plan)
     results: list[TensorResult] = []
 
     def finished(result: TensorResult) -> None:
@@ -147,57 +156,35 @@ def _to_write(
     return TensorToWrite(planned.name, planned.base.shape, planned.type, produce)
 
 
-@torch.no_grad()
 def _store_anew(base: GGUFFile, planned: PlannedTensor) -> tuple[Tensor, float | None]:
     """The bytes of a tensor that is not copied, uint8 [..., row bytes], and the recovery of its update."""
     weights = decode_tensor(base, planned.name)
     if planned.update is None:
         return quantize(weights, planned.type), None
-    tuned = planned.update.apply(weights).to("cpu", torch.float32)
-    if tuned.shape != weights.shape:
-        raise InputError(
-            f"The update of `{planned.name}` gave shape {tuple(tuned.shape)}, {tuple(weights.shape)} was expected."
-        )
-    if not tuned.isfinite().all():
-        raise DivergedError(
-            f"The update of `{planned.name}` holds NaN or infinity; nothing was written.",
-            hint="Export an earlier checkpoint.",
-        )
+    tuned = updated(weights, planned.update)
     stored_u8 = quantize(tuned, planned.type)
     return stored_u8, measure_recovery(weights, tuned, stored_u8, planned.type)
 
 
-def decode_tensor(base: GGUFFile, name: str) -> Tensor:
-    """The weights of a tensor as the server computes with them: float32 in the tensor's shape."""
-    info = base.tensor(name)
-    columns = info.shape[-1] if info.shape else 1
-    # A copy of this one tensor: torch has no read-only tensors, and the mapped pages can then be let go.
-    stored = torch.from_numpy(base.tensor_data(name).copy())
-    blocks = stored.reshape(-1, info.type.row_bytes(columns))
-    return dequantize(blocks, info.type).reshape(info.shape)
-
-
 def _check_recovery(results: Sequence[TensorResult], accept_recovery: bool) -> None:
-    lost = [
-        r for r in results if r.recovery is not None and r.recovery < SMALLEST_ACCEPTED_RECOVERY
-    ]
+    lost = [r for r in results if r.recovery is not None and not is_accepted(r.recovery)]
     if not lost:
         return
-    worst = min(lost, key=lambda result: result.recovery or 0.0)
+    worst = max(lost, key=lambda result: abs((result.recovery or 0.0) - 1.0))
     message = (
-        f"`{worst.name}` would keep {worst.recovery:.2f} of its update when stored as {worst.planned.type.name}; "
-        f"at least {SMALLEST_ACCEPTED_RECOVERY} is expected"
-        + (f" ({len(lost)} tensors in all)." if len(lost) > 1 else ".")
+        f"`{worst.name}` stored as {worst.planned.type.name} would hold {worst.recovery:.2f} times its update; "
+        f"{SMALLEST_ACCEPTED_RECOVERY} to {LARGEST_ACCEPTED_RECOVERY} is expected"
+        + (f" ({len(lost)} tensors are outside)." if len(lost) > 1 else ".")
     )
     if accept_recovery:
         _log.warning("%s Written all the same, as asked.", message)
         return
-    raise VerificationError(
-        f"{message} Nothing was written.", hint=_larger_type_hint(worst.planned.type)
-    )
+    hint = _larger_type_hint(worst.planned.type)
+    raise VerificationError(f"{message} Nothing was written.", hint=hint)
 
 
 def _larger_type_hint(stored: GGMLType) -> str:
     larger = next_larger_type(stored)
-    advice = f"Store the tuned tensors as {larger.name.lower()}" if larger else "Train longer"
-    return f"{advice}, or accept the loss with --accept-recovery."
+    if larger is None:
+        return "Accept the difference with --accept-recovery."
+    return f"Store the tuned tensors as {larger.name.lower()}, or accept the difference with --accept-recovery."

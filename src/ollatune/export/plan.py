@@ -14,7 +14,7 @@ from torch import Tensor
 from ollatune.base.errors import InputError
 from ollatune.base.text import did_you_mean, format_bytes, printable
 from ollatune.export.metadata_edits import MetadataEdit, edited_records
-from ollatune.export.target_types import TypeChoice, choose_types
+from ollatune.export.target_types import AUTO_TYPE, TypeChoice, choose_types
 from ollatune.gguf.codecs import DECODABLE
 from ollatune.gguf.reader import GGUFFile, TensorInfo
 from ollatune.gguf.types import GGMLType
@@ -84,6 +84,8 @@ class ExportPlan:
     tensors: tuple[PlannedTensor, ...]
     records: tuple[bytes, ...]
     edited_keys: tuple[str, ...]
+    is_settled: bool = True
+    """False where the types of tuned tensors may still grow (`settle.settle_types`)."""
 
     @property
     def num_updates(self) -> int:
@@ -126,6 +128,8 @@ class ExportPlan:
             f"{num_copied} copied byte for byte; tensors take {format_bytes(self.size_bytes)} "
             f"({format_bytes(self.size_bytes_before)} before)."
         )
+        if not self.is_settled:
+            lines.append("A tensor whose update such a type would lose takes the next larger one.")
         if self.edited_keys:
             lines.append(f"Metadata changed: {', '.join(map(printable, self.edited_keys))}.")
         return "\n".join(line.rstrip() for line in lines)
@@ -173,6 +177,7 @@ def plan_export(
         tensors=tensors,
         records=tuple(edited_records(base, edits)),
         edited_keys=tuple(edit.key for edit in edits),
+        is_settled=tensor_type.casefold() != AUTO_TYPE,
     )
 
 

@@ -14,6 +14,8 @@ from ollatune.gguf.codecs import dequantize
 from ollatune.gguf.types import GGMLType
 
 SMALLEST_ACCEPTED_RECOVERY = 0.9
+LARGEST_ACCEPTED_RECOVERY = 1.1
+"""Rounding from one grid onto another can also overshoot; what is served is then not what was trained either."""
 
 _CHUNK_WEIGHTS = 1 << 22
 
@@ -38,3 +40,8 @@ def measure_recovery(
         kept += (stored_change * delta).sum()
         whole += delta.square().sum()
     return float(kept / whole) if whole > 0 else None
+
+
+def is_accepted(recovery: float) -> bool:
+    """Whether the stored update is the trained one, near enough."""
+    return SMALLEST_ACCEPTED_RECOVERY <= recovery <= LARGEST_ACCEPTED_RECOVERY

@@ -19,6 +19,8 @@ from ollatune.gguf.types import GGMLType
 
 TENSOR_TYPES = ("q8_0", "q6_K", "f16", "bf16", "f32")
 """The types that keep an update whatever the base; any type that can be encoded is taken."""
+AUTO_TYPE = "auto"
+"""In place of a type: the first of TENSOR_TYPES, and a larger one where measurement says so."""
 BASE_TYPE = "base"
 """In place of a type: every tuned tensor keeps the type it has."""
 
@@ -58,10 +60,12 @@ def _requested_type(name: str) -> GGMLType | None:
     """The type called `name`; None for `base`."""
     if name.casefold() == BASE_TYPE:
         return None
+    if name.casefold() == AUTO_TYPE:
+        name = TENSOR_TYPES[0]
     by_name = {known.name.casefold(): known for known in sorted(ENCODABLE)}
     found = by_name.get(name.casefold())
     if found is None:
-        choices = [*TENSOR_TYPES, BASE_TYPE]
+        choices = [AUTO_TYPE, *TENSOR_TYPES, BASE_TYPE]
         raise UsageError(
             f"Tuned tensors cannot be stored as {name!r}.{did_you_mean(name, [*by_name, *choices])}",
             hint=f"Choose one of {', '.join(choices)}.",
