@@ -88,8 +88,8 @@ def explain_json(text: str, error: Exception, position: Position) -> RecordError
         return _explain_syntax(text, error, at)
     if isinstance(error, StopIteration):
         offset = int(error.value)
-        if offset >= len(text):
-            return _cut_off(at(len(text)))
+        if offset >= (end := len(text.rstrip())):
+            return _cut_off(at(end))
         return RecordError(
             at(offset),
             f"expected a JSON value, found {printable(text[offset])!r}",
@@ -111,8 +111,9 @@ def _cut_off(position: Position) -> RecordError:
 def _explain_syntax(
     text: str, error: json.JSONDecodeError, at: Callable[[int], Position]
 ) -> RecordError:
-    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-        return _cut_off(at(error.pos))
+    end = len(text.rstrip())
+    if error.pos >= end or error.msg.startswith("Unterminated string"):
+        return _cut_off(at(min(error.pos, end)))
     if error.msg.startswith("Invalid control character"):
         code = ord(text[error.pos])
         what = "NUL byte" if code == 0 else f"control character 0x{code:02x}"
@@ -145,7 +146,7 @@ def parse_line(line: bytes, position: Position) -> dict[str, Any]:
         raise _not_an_object(value, position)
     if end != len(text) and text[end:] != "\n" and (rest := text[end:].strip(_SPACES)):
         column = text.index(rest, end) + 1
-        if "\r" in text[:end]:
+        if text[end:].lstrip(" \t").startswith("\r"):
             cause = "a second record after a bare carriage return"
             cure = "Convert the line ends: `tr '\\r' '\\n' < FILE > NEW`."
         else:
