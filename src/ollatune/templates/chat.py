@@ -105,6 +105,19 @@ class ChatTemplate:
                 examples.append(example)
         return examples
 
+    def with_think(self, think: bool | None) -> ChatTemplate:
+        """The same template for requests whose `think` is this."""
+        return ChatTemplate(
+            self.source,
+            self.text,
+            bos_text=self.bos_text,
+            eos_text=self.eos_text,
+            adds_bos=self.adds_bos,
+            end_of_turn_texts=self.end_of_turn_texts,
+            today=self.today,
+            think=think,
+        )
+
     def end_of_turn(self) -> str:
         """The text that ends an answer, such as `<|im_end|>`. Raises InputError where there is none to be found."""
         question = [Message("user", "Hello")]

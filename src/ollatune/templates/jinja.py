@@ -17,7 +17,7 @@ from ollatune.base.text import printable
 from ollatune.templates import jinja_sandbox
 from ollatune.templates.messages import Message
 
-_WALL_SECONDS = 5.5
+_WALL_SECONDS = 5.0
 _COMPILED_KEPT = 32
 _HINT = "Use another chat template, or train with the TEMPLATE of an Ollama model."
 

@@ -21,7 +21,7 @@ ADDRESS_SPACE_BYTES = 1 << 30
 CPU_SECONDS = 5
 OUTPUT_CHARACTERS = 1_000_000
 OUTPUT_PER_INPUT_CHARACTER = 16
-_STEPS = 500_000
+_STEPS = 100_000  # loop rounds and macro calls, and one more for each character of input
 _STEPS_BETWEEN_CLOCKS = 1024
 _REPEATED_ITEMS = 1_000_000
 _NUMBER_BITS = 4096
@@ -35,6 +35,7 @@ def make_environment(now: datetime.datetime) -> Any:
     from jinja2 import TemplateError, nodes
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
+    from jinja2.filters import do_format
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
@@ -55,16 +56,16 @@ def make_environment(now: datetime.datetime) -> Any:
     class GuardedEnvironment(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["*", "**", "%"])
 
-        def start(self) -> None:
-            self.steps = 0
+        def start(self, input_characters: int) -> None:
+            self.steps_left = _STEPS + input_characters
             self.deadline = time.monotonic() + CPU_SECONDS
 
         def count_step(self) -> None:
             """Called at the start of every loop body and macro."""
-            self.steps += 1
-            if self.steps > _STEPS:
+            self.steps_left -= 1
+            if self.steps_left < 0:
                 raise SecurityError(f"it loops more than {_STEPS} times")
-            if self.steps % _STEPS_BETWEEN_CLOCKS == 0 and time.monotonic() > self.deadline:
+            if self.steps_left % _STEPS_BETWEEN_CLOCKS == 0 and time.monotonic() > self.deadline:
                 raise SecurityError(f"it runs longer than {CPU_SECONDS} seconds")
 
         def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
@@ -115,10 +116,14 @@ def make_environment(now: datetime.datetime) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
+    def guarded_format(value: str, *args: Any, **kwargs: Any) -> str:
+        _check_size("%", value, args, SecurityError)
+        return do_format(value, *args, **kwargs)
+
     environment = GuardedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters.update(tojson=_tojson, format=guarded_format)
     environment.globals.update(
         raise_exception=raise_exception,
         strftime_now=now.strftime,
@@ -171,7 +176,7 @@ def render(template: Any, variables: Mapping[str, Any], input_characters: int) -
     from jinja2.exceptions import SecurityError
 
     environment = template.environment
-    environment.start()
+    environment.start(input_characters)
     limit = OUTPUT_CHARACTERS + OUTPUT_PER_INPUT_CHARACTER * input_characters
     pieces: list[str] = []
     written = 0

@@ -44,12 +44,18 @@ def probe_conversations() -> list[list[Message]]:
         [Message("system", ""), _user("Hello")],
         [_user("")],
     ]
+    thinking = Message("assistant", "Four.", thinking="Two and two.")
+    conversations += [
+        [_user("2 + 2?"), thinking, _user("Sure?")],
+        [system, _user("2 + 2?"), thinking, _user("Sure?"), thinking, _user("Really?")],
+    ]
     for text in _ODD_TEXTS:
         conversations += [
             [_user(text)],
             [Message("system", text), _user("Hello")],
             [Message("system", text), _user(text)],
             [_user("Hello"), _assistant(text), _user(text)],
+            [_user(text), _assistant(text), _user("Hello"), _assistant(text), _user("Bye")],
         ]
     conversations += [
         [_user("Hello"), _assistant("Hi"), Message("system", "Now be formal."), _user("Go on")],

@@ -24,6 +24,16 @@ class Wrapper:
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """The text around an earlier answer's thinking, and what a prompt goes on with when thinking is switched off."""
+
+    before: str
+    after: str
+    is_always_shown: bool  # else only after the last user message
+    switched_off: str
+
+
+@dataclass(frozen=True)
 class ChatStyle:
     """How a template writes a conversation.
 
@@ -39,13 +49,20 @@ class ChatStyle:
     assistant: Wrapper
     generation: str  # what follows the last user's wrapper in a prompt
     writes_empty_system: bool
+    thinking: Thinking | None
 
 
 class StyleReader:
-    """`render(messages)` gives prompts; `end_of_turn_texts` tell where one turn's text ends and the next's begins."""
+    """`render(messages)` gives prompts, `render_without_thinking` those of a request that switches thinking off.
 
-    def __init__(self, render: Render, end_of_turn_texts: Sequence[str]) -> None:
+    `end_of_turn_texts` tell where one turn's text ends and the next's begins.
+    """
+
+    def __init__(
+        self, render: Render, render_without_thinking: Render, end_of_turn_texts: Sequence[str]
+    ) -> None:
         self.render = render
+        self.render_without_thinking = render_without_thinking
         self.end_of_turn_texts = [text for text in end_of_turn_texts if text]
 
     def read(self) -> ChatStyle:
@@ -76,6 +93,7 @@ class StyleReader:
             assistant=assistant,
             generation=last_tail[len(user_after) :],
             writes_empty_system=place == "own" and self._writes_empty_system(system, user),
+            thinking=self._thinking(),
         )
 
     def _between(self, conversation: Sequence[Message], *names: str) -> list[str]:
@@ -155,6 +173,31 @@ class StyleReader:
         return Wrapper(
             head[len(assistant.after) :], tail[: len(tail) - len(user.before)], not is_kept
         )
+
+    def _thinking(self) -> Thinking | None:
+        """How thinking is written; None where the template never shows any, or cannot switch it off and on."""
+        answer = Message("assistant", _MARKS["B"], thinking=_MARKS["T"])
+        question = _message("user", "A")
+        for is_always, last in ((True, [_message("user", "C")]), (False, [])):
+            try:
+                text = self.render([question, answer, *last])
+                without = self.render(
+                    [question, Message("assistant", _MARKS["B"]), _message("user", "C")]
+                )
+            except InputError:
+                continue
+            before, found, after = text.partition(_MARKS["T"])
+            if not found or _MARKS["B"] not in after:
+                continue
+            plain = without.partition(_MARKS["B"])[0]
+            if not before.startswith(plain):
+                return None
+            on, off = self.render([question]), self.render_without_thinking([question])
+            switched_off = off[len(on) :] if off.startswith(on) else ""
+            return Thinking(
+                before[len(plain) :], after.partition(_MARKS["B"])[0], is_always, switched_off
+            )
+        return None
 
     def _writes_empty_system(self, system: Wrapper, user: Wrapper) -> bool:
         text = self.render([Message("system", ""), _message("user", "A")])
