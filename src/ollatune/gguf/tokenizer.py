@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 from ollatune.base.errors import InputError
 from ollatune.gguf.byte_level import ByteLevelEncoder, decode_byte_level
+from ollatune.gguf.hf_tokenizer import save_hf_tokenizer, tokenizer_json
 from ollatune.gguf.special_tokens import Fragment, SpecialTokens
 from ollatune.gguf.spm import SPACE, SpmEncoder
 from ollatune.gguf.vocabulary import Kind, Vocabulary, read_vocabulary
@@ -110,6 +112,29 @@ class GGUFTokenizer:
             results.append(ids)
         return results
 
+    def encode_segments(
+        self, texts: Sequence[str], *, add_bos: bool = False, parse_special: bool = True
+    ) -> list[list[int]]:
+        """The ids of texts that follow one another, each encoded alone; BOS, if asked for, begins the first.
+
+        A SentencePiece vocabulary's blank is put where the server puts it: at the start and after a special token,
+        be that in the same text or at the end of the one before.
+        """
+        results: list[list[int]] = []
+        after_special = True
+        for text in texts:
+            results.append(
+                self.encode(
+                    text,
+                    add_bos=add_bos and not results,
+                    parse_special=parse_special,
+                    is_continuation=not after_special,
+                )
+            )
+            if fragments := self._special_tokens.split(text, parse_special=parse_special):
+                after_special = isinstance(fragments[-1], int)
+        return results
+
     def _with_space_prefixes(
         self, fragments: Sequence[Fragment], *, after_special: bool
     ) -> list[str]:
@@ -178,6 +203,17 @@ class GGUFTokenizer:
     def token_id(self, text: str) -> int | None:
         """The id of the token that the vocabulary writes as `text`, or None."""
         return self.vocabulary.ids.get(text)
+
+    def to_tokenizer_json(self) -> str:
+        """The tokenizer as Hugging Face's `tokenizer.json`. Raises InputError for a SentencePiece vocabulary."""
+        return tokenizer_json(self.vocabulary)
+
+    def save_hf(self, folder: Path, chat_template: str | None = None) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` for `AutoTokenizer.from_pretrained(folder)`.
+
+        Raises InputError for a SentencePiece vocabulary, StorageError where the folder cannot be written.
+        """
+        save_hf_tokenizer(self.vocabulary, folder, chat_template)
 
 
 def _require_unicode(text: str) -> None:
