@@ -131,7 +131,7 @@ def apply_export(
 
 
 def _refuse_to_replace_the_base(base: GGUFFile, output: Path) -> None:
-    if output.exists() and output.samefile(base.path):
+    if output.exists() and any(output.samefile(path) for path in base.paths):
         raise InputError(
             f"{output} is the base model itself; an export does not replace it.",
             hint="Choose another output folder.",

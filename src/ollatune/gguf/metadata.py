@@ -61,6 +61,11 @@ class Metadata(Mapping[str, MetadataValue]):
     def __contains__(self, key: object) -> bool:
         return key in self._records
 
+    def without(self, prefix: str) -> Metadata:
+        """The same metadata without the keys that begin with `prefix`."""
+        kept = {key: value for key, value in self._records.items() if not key.startswith(prefix)}
+        return Metadata(self._path, self._header, kept)
+
     def record(self, key: str) -> Record:
         """Where `key` lies. Raises GGUFError with the nearest key where there is none."""
         found = self._records.get(key)

@@ -27,6 +27,7 @@ class GGUFFile:
     """An open GGUF file; a context manager. Metadata and views handed out stay valid after `close`."""
 
     path: Path
+    paths: tuple[Path, ...]
     version: int
     alignment: int
     data_offset: int
@@ -36,6 +37,7 @@ class GGUFFile:
 
     def __init__(self, path: Path, content: mmap.mmap) -> None:
         self.path = path
+        self.paths = (path,)
         self._content = content
         self.size_bytes = len(content)
         cursor = HeaderCursor(path, content)
