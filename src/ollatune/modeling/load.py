@@ -51,6 +51,10 @@ class TensorSource:
             )
         return blocks.view(-1, info.type.row_bytes(info.shape[-1]))
 
+    def info(self, name: str) -> TensorInfo:
+        """A tensor's shape, type and place."""
+        return self.gguf.tensors[name]
+
     def values(self, name: str) -> Tensor:
         """A small tensor decoded to float32, in its own shape."""
         info = self.gguf.tensors[name]
@@ -90,6 +94,7 @@ def load_base_model(
         config.dtype = dtype
         model = _build_empty(architecture, config)
         _drop_absent_biases(model, architecture, gguf)
+        _check_shapes(model, rules, gguf)
         _fill_buffers(model)
         architecture.prepare_rotary(model, source.values)
         filled: set[str] = set()
@@ -101,11 +106,8 @@ def load_base_model(
             model, [rule for rule in rules if rule.gguf_name not in filled], source, dtype, device
         )
         _tie_head(model)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise InputError(
-                f"The file gave no values for {name} of the {architecture.name} model."
-            )
+    unfilled = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    assert not unfilled, f"no rule fills {unfilled}"
     model.to(device)
     model.requires_grad_(False)
     get_logger("modeling").debug("Loaded %s as %s, %s.", gguf.path, type(model).__name__, mode)
@@ -123,6 +125,21 @@ def _drop_absent_biases(model: PreTrainedModel, architecture: Architecture, gguf
     for rule in architecture.tensor_map():
         if rule.is_optional and rule.gguf_name not in gguf.tensors:
             model.get_submodule(rule.hf_module).register_parameter("bias", None)
+
+
+def _check_shapes(model: PreTrainedModel, rules: list[TensorRule], gguf: GGUFFile) -> None:
+    """Raise InputError where a tensor has another shape than the parameter it fills."""
+    for rule in rules:
+        parameter = model.get_parameter(rule.hf_name)
+        expected, found = (
+            tuple(rule.transform.part(parameter).shape),
+            gguf.tensors[rule.gguf_name].shape,
+        )
+        if expected != found:
+            raise InputError(
+                f"Tensor `{rule.gguf_name}` has shape {found}; {expected} was expected for {rule.hf_name}.",
+                hint="The file's metadata does not belong to its tensors; fetch the model again.",
+            )
 
 
 def _fill_buffers(model: PreTrainedModel) -> None:
@@ -151,18 +168,12 @@ def _fill_parameters(
         module = model.get_submodule(rule.hf_module)
         attribute = rule.hf_name.rpartition(".")[2]
         parameter: Any = getattr(module, attribute)
-        info = source.gguf.tensors[rule.gguf_name]
-        expected = tuple(rule.transform.part(parameter).shape)
-        if expected != info.shape:
-            raise InputError(
-                f"Tensor `{rule.gguf_name}` has shape {info.shape}; {expected} was expected for {rule.hf_name}.",
-                hint="The file's metadata does not belong to its tensors; fetch the model again.",
-            )
         if parameter.is_meta:
             values = torch.empty(parameter.shape, dtype=dtype, device=device)
             parameter = nn.Parameter(values, requires_grad=False)
             setattr(module, attribute, parameter)
-        decode_into(rule.transform.part(parameter.data), source.blocks(rule.gguf_name), info, rule)
+        blocks, info = source.blocks(rule.gguf_name).to(device), source.info(rule.gguf_name)
+        decode_into(rule.transform.part(parameter.data), blocks, info, rule)
 
 
 def decode_into(target: Tensor, blocks: Tensor, info: TensorInfo, rule: TensorRule) -> None:

@@ -155,7 +155,8 @@ def llama3_factors(theta: float, dims: int, factor: float) -> Tensor:
     turns = _LLAMA3_SCALING["original_max_position_embeddings"] * rope_frequencies(theta, dims)
     turns = turns / (2 * math.pi)  # over the original context
     smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return 1.0 / ((1 - smooth) / factor + smooth)
+    divisors: Tensor = 1.0 / ((1 - smooth) / factor + smooth)
+    return divisors
 
 
 def name_llama3_scaling(factors: Tensor, theta: float, dims: int) -> dict[str, Any]:
