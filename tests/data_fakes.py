@@ -27,15 +27,12 @@ class ByteTokenizer:
         self.add_bos = add_bos
         self.digest = f"bytes-{add_bos}"
 
-    def encode(
-        self,
-        text: str,
-        *,
-        add_bos: bool = False,
-        parse_special: bool = True,
-        is_continuation: bool = False,
-    ) -> list[int]:
-        ids = [BOS] if add_bos else []
+    def encode_segments(self, texts: Sequence[str], *, add_bos: bool = False) -> list[list[int]]:
+        found = [self.encode(text) for text in texts]
+        return [[BOS, *found[0]], *found[1:]] if add_bos else found
+
+    def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
+        ids: list[int] = []
         for part in _SPLIT.split(text) if parse_special else [text]:
             if part:
                 ids += [SPECIALS[part]] if parse_special and part in SPECIALS else part.encode()

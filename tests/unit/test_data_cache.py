@@ -41,7 +41,9 @@ def cached(path: Path, folder: Path, **settings: Any) -> DatasetSplits:
         if k in options
     }
     parts = options.pop("parts", make_parts)
-    return load_cached(make_config(**options), parts, cache_folder=folder, path=path, **known)
+    return load_cached(
+        make_config(**options), *parts(), make_parts=parts, cache_folder=folder, path=path, **known
+    )
 
 
 def in_memory(path: Path, **settings: Any) -> DatasetSplits:
@@ -193,7 +195,7 @@ def test_progress_counts_bytes_to_the_end(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     load_cached(
         make_config(),
-        make_parts,
+        *make_parts(),
         cache_folder=tmp_path / "cache",
         path=data,
         max_length=512,

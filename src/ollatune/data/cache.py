@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -38,12 +38,12 @@ from ollatune.data.load import (
     source_files,
 )
 from ollatune.data.position import FileError, Position, RecordError
-from ollatune.data.protocols import MakeRendererParts
+from ollatune.data.protocols import MakeRendererParts, PromptTemplate, Tokenizer
 from ollatune.data.records import TEXT_FILE, RecordReader
 from ollatune.data.rejects import Rejections
 from ollatune.data.render import Renderer
 from ollatune.data.report import RenderCounts
-from ollatune.data.sources import DataFile, iter_records
+from ollatune.data.sources import iter_records
 from ollatune.data.store import StoredArrays, TokenStore
 
 _FORMAT_VERSION = 1
@@ -64,16 +64,18 @@ class _Job:
     sources: tuple[DataSource, ...]
     method: Method
     max_length: int
-    make_parts: MakeRendererParts
-    forms: tuple[tuple[str, Position] | None, ...]
-    """Per source: the record form, and the record that it was recognised from; None for text files."""
+    make_parts: MakeRendererParts | None
+    forms: Mapping[str, tuple[str, Position] | None]
+    """Per file: the record form, and the record that it was recognised from; None for text files."""
 
 
 def load_cached(
     config: DataConfig,
-    make_parts: MakeRendererParts,
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
     *,
     cache_folder: Path,
+    make_parts: MakeRendererParts | None = None,
     max_length: int,
     method: Method = "fine-tuning",
     seed: int = 42,
@@ -84,8 +86,9 @@ def load_cached(
 ) -> DatasetSplits:
     """As `load_examples`, through a cache on disk; memory use does not grow with the data.
 
-    `make_parts` is called in every worker process and must be picklable if there are several (`num_workers`, by
-    default one per core). Raises as `load_examples` does, and StorageError where the cache does not fit on the disk.
+    `make_parts` makes tokenizer and template anew in worker processes (`num_workers`, by default one per core); it
+    must be picklable. Without it everything is done in this process. Raises as `load_examples` does, and StorageError
+    where the cache does not fit on the disk.
     """
     sources = data_sources(config, path)
     files = [source_files(source, method) for source in sources]
@@ -98,7 +101,6 @@ def load_cached(
         for source_id, of_source in enumerate(files)
         for chunk in plan_chunks(of_source, source_id, facts[source_id])
     ]
-    tokenizer, template = make_parts()
     key = _digest(
         _FORMAT_VERSION, chunk_bytes, tokenizer.digest, template.digest, method, max_length, config.targets,
         config.truncation, config.system, config.columns,
@@ -106,14 +108,16 @@ def load_cached(
         [[(f.path.name, f.split, fact.sha256) for f, fact in zip(*pair, strict=True)]
          for pair in zip(files, facts, strict=True)],
     )  # fmt: skip
-    forms = tuple(
-        _first_form(of_source, source.columns or config.columns, config)
+    forms = {
+        str(file.path): _first_form(file.path, source.columns or config.columns, config)
         for source, of_source in zip(sources, files, strict=True)
-    )
+        for file in of_source
+    }
     job = _Job(cache_folder / key, config, tuple(sources), method, max_length, make_parts, forms)
     make_folder(job.folder)
     clean_staging(job.folder)
-    manifests = _build(job, chunks, num_workers, progress)
+    renderer = _make_renderer(job, tokenizer, template)
+    manifests = _build(job, renderer, chunks, num_workers, progress)
     _refuse_empty_files(chunks, manifests)
     store = TokenStore([_open_chunk(job.folder, n) for n in range(len(chunks))])
     rejections = Rejections(skip_bad=config.skip_bad)
@@ -134,8 +138,10 @@ def load_cached(
         max_length=max_length,
         seed=seed,
         forms={
-            source.path: form[0] if form else TEXT_FILE
-            for source, form in zip(sources, forms, strict=True)
+            source.path: ", ".join(
+                sorted({_form_name(forms[str(file.path)]) for file in of_source})
+            )
+            for source, of_source in zip(sources, files, strict=True)
         },
         rendering=rendering,
         rejections=rejections,
@@ -148,25 +154,32 @@ def _digest(*parts: Any) -> str:
 
 
 def _first_form(
-    files: Sequence[DataFile], columns: dict[str, str] | None, config: DataConfig
+    path: Path, columns: dict[str, str] | None, config: DataConfig
 ) -> tuple[str, Position] | None:
-    """The form of the first good record of a source, which all workers then require."""
+    """The form of the first good record of a file, which all workers then require."""
     reader = RecordReader(columns=columns, system=config.system)
     rejections = Rejections(skip_bad=config.skip_bad)
-    for file in files:
-        for record in iter_records(file.path, rejections):
-            try:
-                reader(record)
-            except RecordError as error:
-                if reader.form is None:
-                    rejections(error)
-                    continue
-            return (reader.form.name, record.position) if reader.form else None
+    for record in iter_records(path, rejections):
+        try:
+            reader(record)
+        except RecordError as error:
+            if reader.form is None:
+                rejections(error)
+                continue
+        return (reader.form.name, record.position) if reader.form else None
     return None
 
 
+def _form_name(form: tuple[str, Position] | None) -> str:
+    return form[0] if form else TEXT_FILE
+
+
 def _build(
-    job: _Job, chunks: Sequence[Chunk], num_workers: int | None, progress: Progress | None
+    job: _Job,
+    renderer: Renderer,
+    chunks: Sequence[Chunk],
+    num_workers: int | None,
+    progress: Progress | None,
 ) -> list[dict[str, Any]]:
     """Manifests of all pieces, making those that are not there yet."""
     total = sum(chunk.num_bytes for chunk in chunks)
@@ -181,7 +194,7 @@ def _build(
         )
     if progress:
         progress(done, total)
-    for number in _run(job, chunks, missing, num_workers):
+    for number in _run(job, renderer, chunks, missing, num_workers):
         manifests[number] = _read_manifest(job.folder, number)
         done += chunks[number].num_bytes
         if progress:
@@ -190,14 +203,16 @@ def _build(
 
 
 def _run(
-    job: _Job, chunks: Sequence[Chunk], missing: Sequence[int], num_workers: int | None
+    job: _Job,
+    renderer: Renderer,
+    chunks: Sequence[Chunk],
+    missing: Sequence[int],
+    num_workers: int | None,
 ) -> Iterator[int]:
     """Make the missing pieces; yields the number of each in order. The first bad record in file order is raised."""
     workers = min(len(missing), num_workers or os.cpu_count() or 1)
-    if workers <= 1:
-        renderer = _make_renderer(job) if missing else None
+    if workers <= 1 or job.make_parts is None:
         for number in missing:
-            assert renderer is not None
             _make_chunk(job, renderer, number, chunks[number])
             yield number
         return
@@ -231,7 +246,8 @@ def _start_worker(job: _Job) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = (job, _make_renderer(job))
+    assert job.make_parts is not None
+    _worker = (job, _make_renderer(job, *job.make_parts()))
 
 
 def _work(number: int, chunk: Chunk) -> None:
@@ -240,8 +256,7 @@ def _work(number: int, chunk: Chunk) -> None:
     _make_chunk(job, renderer, number, chunk)
 
 
-def _make_renderer(job: _Job) -> Renderer:
-    tokenizer, template = job.make_parts()
+def _make_renderer(job: _Job, tokenizer: Tokenizer, template: PromptTemplate) -> Renderer:
     return Renderer(
         tokenizer,
         template,
@@ -256,7 +271,7 @@ def _iter_samples(
 ) -> Iterator[tuple[Sample, Position]]:
     columns = job.sources[chunk.source_id].columns or job.config.columns
     reader = RecordReader(columns=columns, system=job.config.system)
-    if form := job.forms[chunk.source_id]:
+    if form := job.forms[chunk.path]:
         reader.fix_form(*form)
     for record in iter_chunk(chunk, rejections):
         try:

@@ -10,7 +10,7 @@ from ollatune.base.text import format_bytes
 from ollatune.config.schema import DataConfig
 from ollatune.data.cache import Progress, load_cached
 from ollatune.data.load import DatasetSplits, Method, data_sources, load_examples, source_files
-from ollatune.data.protocols import MakeRendererParts
+from ollatune.data.protocols import MakeRendererParts, PromptTemplate, Tokenizer
 from ollatune.data.sources import data_suffix
 from ollatune.data.streams import COMPRESSED_SUFFIXES, file_error
 
@@ -24,8 +24,10 @@ _log = get_logger("data")
 
 def load_dataset(
     config: DataConfig,
-    make_parts: MakeRendererParts,
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
     *,
+    make_parts: MakeRendererParts | None = None,
     max_length: int,
     method: Method = "fine-tuning",
     seed: int = 42,
@@ -36,9 +38,9 @@ def load_dataset(
 ) -> DatasetSplits:
     """Examples of a data set of any size, with equal results either way.
 
-    `make_parts` gives tokenizer and template; for large data it is also called in worker processes, so it must be a
-    picklable callable then. `path` replaces the configured sources. With several processes, let the first of a
-    machine call this before the others do: they then find the cache.
+    `make_parts` makes tokenizer and template anew in the worker processes that large data is prepared by; it must be
+    picklable, and without it this process does all the work. `path` replaces the configured sources. With several
+    processes, let the first of a machine call this before the others do: they then find the cache.
     """
     size = sum(
         _size_bytes(file.path)
@@ -50,7 +52,9 @@ def load_dataset(
         _log.info("%s of data: tokenised once, kept in %s.", format_bytes(size), folder)
         return load_cached(
             config,
-            make_parts,
+            tokenizer,
+            template,
+            make_parts=make_parts,
             cache_folder=folder,
             max_length=max_length,
             method=method,
@@ -59,7 +63,6 @@ def load_dataset(
             num_workers=num_workers,
             progress=progress,
         )
-    tokenizer, template = make_parts()
     return load_examples(
         config, tokenizer, template, max_length=max_length, method=method, seed=seed, path=path
     )

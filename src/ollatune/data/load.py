@@ -101,12 +101,15 @@ def iter_samples(
     config: DataConfig,
     method: Method,
     rejections: Rejections,
-    reader: RecordReader | None = None,
+    forms: set[str],
 ) -> Iterator[tuple[Sample, Position, Split | None]]:
-    """Every good record of a source in normal form, with its place and the split its file is named after."""
+    """Every good record of a source in normal form, with its place and the split its file is named after.
+
+    The names of the record forms that were met are added to `forms`.
+    """
     columns = source.columns or config.columns
-    reader = reader or RecordReader(columns=columns, system=config.system)
     for file in source_files(source, method):
+        reader = RecordReader(columns=columns, system=config.system)
         for record in iter_records(file.path, rejections):
             try:
                 sample = reader(record)
@@ -115,6 +118,7 @@ def iter_samples(
                 rejections(error)
                 continue
             yield sample, record.position, file.split
+        forms.add(reader.form.name if reader.form else TEXT_FILE)
 
 
 def check_method(sample: Sample, position: Position, method: Method) -> None:
@@ -154,8 +158,8 @@ def load_examples(
     samples: list[Sample] = []
     forms: dict[str, str] = {}
     for source_id, source in enumerate(data_sources(config, path)):
-        reader = RecordReader(columns=source.columns or config.columns, system=config.system)
-        for sample, position, split in iter_samples(source, config, method, rejections, reader):
+        met: set[str] = set()
+        for sample, position, split in iter_samples(source, config, method, rejections, met):
             try:
                 rendered = renderer(sample, position)
             except RecordError as error:
@@ -172,7 +176,7 @@ def load_examples(
             samples.append(sample)
             if progress:
                 progress(1)
-        forms[source.path] = reader.form.name if reader.form else TEXT_FILE
+        forms[source.path] = ", ".join(sorted(met))
     rejections.check()
     store = TokenStore([builder.arrays()])
     return make_splits(

@@ -47,14 +47,11 @@ class Tokenizer(Protocol):
     @property
     def digest(self) -> str: ...
 
-    def encode(
-        self,
-        text: str,
-        *,
-        add_bos: bool = False,
-        parse_special: bool = True,
-        is_continuation: bool = False,
-    ) -> list[int]: ...
+    def encode(self, text: str, *, parse_special: bool = True) -> list[int]: ...
+
+    def encode_segments(self, texts: Sequence[str], *, add_bos: bool = False) -> list[list[int]]:
+        """Texts that follow one another, each encoded alone; no blank is put where text goes on."""
+        ...
 
     def decode(self, ids: Sequence[int], /) -> str: ...
 

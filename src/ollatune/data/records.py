@@ -1,4 +1,4 @@
-"""Record forms: recognised from the first record of a source, then required of all of them."""
+"""Record forms: recognised from the first record of a file, then required of all of them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TEXT_FILE = "text file"
 
 
 class RecordReader:
-    """Turns the records of one source into conversations and documents.
+    """Turns the records of one file into conversations and documents.
 
     `columns` maps our field names to the source's own; `system` is given to conversations without a system message.
     """
@@ -145,7 +145,7 @@ class RecordReader:
             return RecordError(
                 position,
                 f"a record in the `{other.name}` form among records in the `{form.name}` form{as_in}",
-                "Put the two forms into two sources.",
+                "Put the two forms into two files.",
             )
         keys = [str(key) for key in value if key not in form.fields]
         return RecordError(

@@ -141,13 +141,17 @@ class Renderer:
 
         Prompts and answers are tokenised separately: at serving the prompt is tokenised before there is an answer.
         """
-        ids: list[int] = []
-        mask: list[bool] = []
+        texts: list[str] = []
+        kinds: list[bool] = []
         for is_target, pieces in itertools.groupby(segments, lambda segment: segment.is_target):
             if text := "".join(piece.text for piece in pieces):
-                found = self.tokenizer.encode(text, is_continuation=bool(ids))
-                ids += found
-                mask += [is_target] * len(found)
+                texts.append(text)
+                kinds.append(is_target)
+        ids: list[int] = []
+        mask: list[bool] = []
+        for is_target, found in zip(kinds, self.tokenizer.encode_segments(texts), strict=True):
+            ids += found
+            mask += [is_target] * len(found)
         bos = self.tokenizer.bos_id
         if bos is not None and self.tokenizer.add_bos and ids[:1] != [bos]:
             ids, mask = [bos, *ids], [False, *mask]
