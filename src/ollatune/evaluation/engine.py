@@ -37,12 +37,17 @@ _FORCING_BIAS = 1e4
 
 @dataclass(frozen=True)
 class Generation:
-    """A greedy answer. `token_ids` is without the end-of-generation token; "length": cut at max_tokens."""
+    """A greedy answer. `token_ids` is without the end-of-generation token; "length": cut at max_tokens.
+
+    `top_logprobs`, where asked for: per position the most probable token ids with their logprobs, the position of the
+    end token included.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
     num_prompt_tokens: int
+    top_logprobs: tuple[dict[int, float], ...] = ()
 
 
 class LlamaCppEngine:
@@ -155,18 +160,29 @@ class LlamaCppEngine:
             logprobs_T[position] = _number(chosen["logprob"])
         return logprobs_T
 
-    def greedy(self, prompt: Prompt, *, max_tokens: int, stop: Sequence[str] = ()) -> Generation:
-        """The most probable continuation, token by token, until an end token, a stop text or `max_tokens`."""
-        return self.greedy_many([prompt], max_tokens=max_tokens, stop=stop)[0]
+    def greedy(
+        self, prompt: Prompt, *, max_tokens: int, stop: Sequence[str] = (), top: int = 0
+    ) -> Generation:
+        """The most probable continuation, token by token, until an end token, a stop text or `max_tokens`.
+
+        `top` asks for so many alternatives at each position.
+        """
+        return self.greedy_many([prompt], max_tokens=max_tokens, stop=stop, top=top)[0]
 
     def greedy_many(
-        self, prompts: Sequence[Prompt], *, max_tokens: int, stop: Sequence[str] = ()
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        top: int = 0,
     ) -> list[Generation]:
         """`greedy` for each prompt, in order; what prompts have in common at their start is computed once."""
         if not prompts:
             return []
         answers = self._complete(
             [_sent(prompt) for prompt in prompts],
+            num_alternatives=top,
             keeps_cache=True,
             n_predict=max_tokens,
             stop=list(stop),
@@ -281,9 +297,16 @@ def _number(value: float | None) -> float:
 
 
 def _generation(answer: dict[str, Any]) -> Generation:
+    token_ids = tuple(int(token) for token in answer["tokens"])
+    is_ended = answer["stop_type"] == "eos"  # the end token is then the last of `tokens`
+    positions = answer.get("completion_probabilities", ())
     return Generation(
         text=str(answer["content"]),
-        token_ids=tuple(int(token) for token in answer["tokens"]),
+        token_ids=token_ids[:-1] if is_ended else token_ids,
         finish_reason="length" if answer["stop_type"] == "limit" else "stop",
         num_prompt_tokens=int(answer["tokens_evaluated"]),
+        top_logprobs=tuple(
+            {int(item["id"]): _number(item["logprob"]) for item in position["top_logprobs"]}
+            for position in positions
+        ),
     )

@@ -78,7 +78,7 @@ def paired_permutation_p(
     tolerance = 1e-12  # sums of floats in another order are not bit-equal
     pairs = zip(first_sums_BC, second_sums_BC, strict=True)
     gaps = [abs(metric.combine(a, num_records) - metric.combine(b, num_records)) for a, b in pairs]
-    num_hits = int(sum(gap >= observed - tolerance for gap in gaps))
+    num_hits = sum(1 for gap in gaps if gap >= observed - tolerance)
     return (num_hits + 1) / (NUM_RESAMPLES + 1)
 
 
@@ -88,7 +88,7 @@ def sign_test_p(num_wins: int, num_losses: int) -> float:
     if num_trials == 0:
         return 1.0
     few = min(num_wins, num_losses)
-    tail = sum(math.comb(num_trials, k) for k in range(few + 1)) / 2**num_trials
+    tail = sum(math.comb(num_trials, k) for k in range(few + 1)) / (1 << num_trials)
     return min(1.0, 2 * tail)
 
 
