@@ -103,31 +103,38 @@ def apply_export(
     if not plan.is_settled:
         plan = settle_types(plan)
     results: list[TensorResult] = []
+    export: ExportResult | None = None
 
     def finished(result: TensorResult) -> None:
         results.append(result)
         if on_tensor is not None:
             on_tensor(result)
 
-    digest = write_gguf(
+    def check_and_report(digest: str, size_bytes: int) -> None:
+        nonlocal export
+        _check_recovery(results, accept_recovery)
+        export = ExportResult(
+            path=output,
+            sha256=digest,
+            size_bytes=size_bytes,
+            tensors=results,
+            base=plan.base.path,
+            tensor_type=plan.tensor_type,
+            edited_keys=plan.edited_keys,
+            accept_recovery=accept_recovery,
+        )
+        # Before the model has its name: a model.gguf of ours is never without the report that says whose it is.
+        write_json(output.with_name(REPORT_NAME), export.to_json())
+
+    write_gguf(
         output,
         plan.records,
         [_to_write(plan.base, planned, finished) for planned in plan.tensors],
         alignment=plan.base.alignment,
-        before_commit=lambda: _check_recovery(results, accept_recovery),
+        before_commit=check_and_report,
     )
-    result = ExportResult(
-        path=output,
-        sha256=digest,
-        size_bytes=output.stat().st_size,
-        tensors=results,
-        base=plan.base.path,
-        tensor_type=plan.tensor_type,
-        edited_keys=plan.edited_keys,
-        accept_recovery=accept_recovery,
-    )
-    write_json(output.with_name(REPORT_NAME), result.to_json())
-    return result
+    assert export is not None
+    return export
 
 
 def _refuse_to_replace_the_base(base: GGUFFile, output: Path) -> None:

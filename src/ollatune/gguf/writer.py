@@ -7,6 +7,7 @@ Metadata records are taken as bytes, so that those of another file are copied ex
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -101,12 +102,14 @@ def write_gguf(
     tensors: Sequence[TensorToWrite],
     *,
     alignment: int = DEFAULT_ALIGNMENT,
-    before_commit: Callable[[], None] | None = None,
+    before_commit: Callable[[str, int], None] | None = None,
 ) -> str:
     """Write `path` and return the hex SHA-256 of the whole file.
 
-    The file takes its name only when complete and on disk; where `before_commit`, called just before that, raises,
-    it never does. One tensor's chunk is in memory at a time.
+    The file takes its name only when complete and on disk. One tensor's chunk is in memory at a time.
+    `before_commit` is called with digest and size in bytes when all is on disk and only the name is missing; where it
+    raises, the file never gets it.
+
     Raises GGUFError where names repeat or a tensor yields the wrong number of bytes, StorageError where
     the disk is full or the folder cannot be written.
     """
@@ -124,9 +127,12 @@ def write_gguf(
         output.write(header)
         for tensor in tensors:
             _write_tensor(path, output, tensor, alignment)
+        digest = output.hexdigest()
         if before_commit is not None:
-            before_commit()
-        return output.hexdigest()
+            stream.flush()
+            os.fsync(stream.fileno())
+            before_commit(digest, total_bytes)
+        return digest
 
 
 def _padded(size_bytes: int, alignment: int) -> int:
