@@ -360,17 +360,10 @@ def test_a_tensor_of_another_shape_is_refused(
         load_base_model(file)
 
 
-def test_a_file_that_became_shorter_after_opening_is_refused(
-    tiny: Callable[[str], TinyModel], tmp_path: Path
-) -> None:
-    path = tmp_path / "copy.gguf"
-    path.write_bytes(tiny("llama").path.read_bytes())
-    with GGUFFile.open(path) as file:
-        path.write_bytes(path.read_bytes()[:-4096])
-        with pytest.raises(GGUFError, match="the file has become shorter"):
-            load_base_model(file)
-    path.unlink()
-    with pytest.raises(GGUFError, match="cannot be read"):
+def test_a_file_that_was_closed_is_refused(tiny: Callable[[str], TinyModel]) -> None:
+    with GGUFFile.open(tiny("llama").path) as file:
+        pass
+    with pytest.raises(GGUFError, match="the file has been closed"):
         load_base_model(file)
 
 

@@ -1,20 +1,17 @@
 """Build the Transformers model of a GGUF file: on the meta device first, then filled tensor by tensor.
 
-Peak memory is the finished model and one piece of one tensor; the file is read, not mapped, so its pages do not count.
+Peak memory is the finished model, one stored tensor and one decoded piece of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from io import FileIO
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ollatune.base.errors import GGUFError, InputError
+from ollatune.base.errors import InputError
 from ollatune.base.log import get_logger
 from ollatune.gguf.codecs import dequantize
 from ollatune.gguf.reader import GGUFFile, TensorInfo
@@ -30,46 +27,26 @@ _PIECE_WEIGHTS = 16 << 20
 
 
 class TensorSource:
-    """Reads the tensors of an open GGUF file, as stored or decoded."""
+    """Reads the tensors of an open GGUF file, as stored or decoded. Pages of the file are let go after each."""
 
-    def __init__(self, gguf: GGUFFile, stream: FileIO) -> None:
+    def __init__(self, gguf: GGUFFile) -> None:
         self.gguf = gguf
-        self._stream = stream
-
-    def blocks(self, name: str) -> Tensor:
-        """The stored bytes of a tensor, uint8 [rows, row_bytes]; the experts of a stack above each other."""
-        info = self.gguf.tensors[name]
-        blocks = torch.empty(info.size_bytes, dtype=torch.uint8)
-        self._stream.seek(info.offset)
-        if self._stream.readinto(memoryview(blocks.numpy())) != info.size_bytes:  # type: ignore[arg-type]
-            raise GGUFError(
-                self.gguf.path,
-                info.offset,
-                name,
-                f"{info.size_bytes} bytes were expected, the file has become shorter",
-                hint="Fetch the model again.",
-            )
-        return blocks.view(-1, info.type.row_bytes(info.shape[-1]))
 
     def info(self, name: str) -> TensorInfo:
         """A tensor's shape, type and place."""
         return self.gguf.tensors[name]
 
+    def blocks(self, name: str) -> Tensor:
+        """The stored bytes of a tensor, uint8 [rows, row_bytes]; the experts of a stack above each other."""
+        info = self.info(name)
+        blocks = torch.from_numpy(self.gguf.tensor_data(name).copy())
+        self.gguf.release_pages(name)
+        return blocks.view(-1, info.type.row_bytes(info.shape[-1]))
+
     def values(self, name: str) -> Tensor:
         """A small tensor decoded to float32, in its own shape."""
-        info = self.gguf.tensors[name]
+        info = self.info(name)
         return dequantize(self.blocks(name), info.type).view(info.shape)
-
-
-@contextmanager
-def tensor_source(gguf: GGUFFile) -> Iterator[TensorSource]:
-    """Open the file behind `gguf` for reading its tensors. Raises GGUFError where it cannot be read."""
-    try:
-        stream = FileIO(gguf.path)
-    except OSError as error:
-        raise GGUFError(gguf.path, None, "file", f"cannot be read: {error.strerror}") from error
-    with stream:
-        yield TensorSource(gguf, stream)
 
 
 def load_base_model(
@@ -89,7 +66,8 @@ def load_base_model(
     """
     architecture = architecture_of(gguf.metadata, gguf.tensors)
     rules = architecture.present_rules()
-    with tensor_source(gguf) as source, torch.no_grad():
+    source = TensorSource(gguf)
+    with torch.no_grad():
         config = architecture.config(source.values, serving_context=serving_context)
         config.dtype = dtype
         model = _build_empty(architecture, config)

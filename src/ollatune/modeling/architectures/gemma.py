@@ -112,26 +112,27 @@ class Gemma3(Gemma2):
     ignored_prefixes = ("v.", "mm.")
 
     def _read_sizes(self) -> Hyperparameters:
-        values = dict(self.metadata.values)
-        for ours, key in (("freq_base", "global.freq_base"), ("freq_base_swa", "local.freq_base")):
-            if f"gemma3.rope.{key}" in values:
-                values.setdefault(f"gemma3.rope.{ours}", values[f"gemma3.rope.{key}"])
+        stated, defaults = self.metadata, {}
+        for key, library_key in (("freq_base", "global"), ("freq_base_swa", "local")):
+            if stated.has(f"rope.{library_key}.freq_base"):
+                defaults[f"rope.{key}"] = stated.raw(f"rope.{library_key}.freq_base")
         if self._is_from_ollama_library():
-            values.setdefault("gemma3.attention.layer_norm_rms_epsilon", 1e-6)
-            values.setdefault("gemma3.rope.freq_base", 1e6)
-            if self.metadata.integer("context_length") >= 131072:
-                values.setdefault("gemma3.rope.scaling.type", "linear")
-                values.setdefault("gemma3.rope.scaling.factor", 8.0)
-        self.metadata.values = values
+            defaults.setdefault("rope.freq_base", 1e6)
+            defaults["attention.layer_norm_rms_epsilon"] = 1e-6
+            if stated.integer("context_length") >= 131072:
+                defaults |= {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+        self.metadata = stated.with_defaults(defaults)
         return super()._read_sizes()
 
     def _is_from_ollama_library(self) -> bool:
-        values = self.metadata.values
         return (
             not self.metadata.has("attention.layer_norm_rms_epsilon")
             or any(self.metadata.has(f"rope.{kind}.freq_base") for kind in ("global", "local"))
             or self.metadata.has("mm.tokens_per_image")
-            or any(f"tokenizer.ggml.add_{kind}_token" in values for kind in ("padding", "unknown"))
+            or any(
+                f"tokenizer.ggml.add_{kind}_token" in self.metadata.values
+                for kind in ("padding", "unknown")
+            )
             or any(name.startswith(self.ignored_prefixes) for name in self.tensors)
         )
 

@@ -53,9 +53,19 @@ class Hyperparameters:
 class Metadata:
     """Typed access to `<architecture>.<key>`. Raises InputError for a missing key or a value of another type."""
 
-    def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        architecture: str,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         self.values = values
         self.architecture = architecture
+        self.defaults = defaults or {}
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Metadata:
+        """The same, with values for keys (without the architecture) that the file does not have."""
+        return Metadata(self.values, self.architecture, defaults)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number; a list (one value a layer) is taken if all its entries are equal."""
@@ -88,16 +98,19 @@ class Metadata:
 
     def raw(self, key: str) -> Any:
         """The value as it is, or None."""
-        return self.values.get(f"{self.architecture}.{key}")
+        return self._value(key, None)
 
     def _get(self, key: str, default: Any) -> Any:
-        value = self.values.get(f"{self.architecture}.{key}", default)
+        value = self._value(key, default)
         if value is None:
             raise InputError(
                 f"The file's metadata has no {self.architecture}.{key}, which every {self.architecture} model needs.",
                 hint="The file is damaged, or was written by a converter that left it out; fetch the model again.",
             )
         return value
+
+    def _value(self, key: str, default: Any) -> Any:
+        return self.values.get(f"{self.architecture}.{key}", self.defaults.get(key, default))
 
     def _wrong_type(self, key: str, value: Any, expected: str) -> InputError:
         return InputError(
