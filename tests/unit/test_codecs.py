@@ -65,6 +65,15 @@ def test_decodes_random_blocks_to_the_bit(type: GGMLType) -> None:
     assert_same_bits(got.numpy(), reference_decode(rows, type))
 
 
+@pytest.mark.parametrize("type", sorted(DECODABLE), ids=lambda type: type.name)
+def test_decodes_a_single_block_wherever_it_lies(type: GGMLType) -> None:
+    blocks = random_rows(type, 1, seed=4).reshape(-1, type.block_bytes)
+    stored = torch.from_numpy(blocks)
+    for row in range(len(blocks[:5])):
+        got = dequantize(stored[row], type)
+        assert_same_bits(got.numpy(), reference_decode(blocks[row : row + 1], type)[0])
+
+
 @pytest.mark.parametrize("name", SCALE_BYTES)
 def test_decodes_edge_scales_to_the_bit(name: str) -> None:
     type = GGMLType[name]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ollatune.base.errors import InputError
-from ollatune.gguf.codecs import k_decode, legacy_decode, legacy_encode
+from ollatune.gguf.codecs import k_decode, k_encode, legacy_decode, legacy_encode
 from ollatune.gguf.codecs.floats import FLOAT_DTYPES, encode_float
 from ollatune.gguf.types import GGMLType
 
@@ -36,6 +36,11 @@ _ENCODERS: dict[GGMLType, Callable[[Tensor], Tensor]] = {
     GGMLType.Q4_1: legacy_encode.encode_q4_1,
     GGMLType.Q5_0: legacy_encode.encode_q5_0,
     GGMLType.Q5_1: legacy_encode.encode_q5_1,
+    GGMLType.Q2_K: k_encode.encode_q2_k,
+    GGMLType.Q3_K: k_encode.encode_q3_k,
+    GGMLType.Q4_K: k_encode.encode_q4_k,
+    GGMLType.Q5_K: k_encode.encode_q5_k,
+    GGMLType.Q6_K: k_encode.encode_q6_k,
 }
 
 DECODABLE = frozenset(_DECODERS) | frozenset(FLOAT_DTYPES)
@@ -52,15 +57,16 @@ FALLBACK_TYPES: dict[GGMLType, GGMLType] = {
 }
 
 # Weights a pass works on: enough to hide the cost of calling torch, few enough to stay in a CPU's last-level cache.
-_CPU_CHUNK_WEIGHTS = 1 << 20
+_CPU_DECODE_CHUNK_WEIGHTS = 1 << 20
+# Encoders hold several float32 copies of a chunk, and transpose it, which is slow beyond the second-level cache.
+_CPU_ENCODE_CHUNK_WEIGHTS = 1 << 18
 # A GPU wants few large kernels; the bound keeps the temporaries small beside a model.
 _CUDA_CHUNK_WEIGHTS = 1 << 25
 
 
-def _chunk_blocks(type: GGMLType, device: torch.device) -> int:
-    if device.type == "cpu":
-        return _CPU_CHUNK_WEIGHTS // type.block_size
-    return _CUDA_CHUNK_WEIGHTS // type.block_size
+def _chunk_blocks(type: GGMLType, device: torch.device, cpu_chunk_weights: int) -> int:
+    chunk_weights = cpu_chunk_weights if device.type == "cpu" else _CUDA_CHUNK_WEIGHTS
+    return chunk_weights // type.block_size
 
 
 def check_columns(num_columns: int, type: GGMLType) -> None:
@@ -123,7 +129,7 @@ def _aligned(blocks_u8: Tensor) -> Tensor:
 
 def _decode_chunks(blocks_NB: Tensor, type: GGMLType, out_NW: Tensor) -> None:
     decode = _DECODERS[type]
-    chunk = _chunk_blocks(type, blocks_NB.device)
+    chunk = _chunk_blocks(type, blocks_NB.device, _CPU_DECODE_CHUNK_WEIGHTS)
     scratch_NW: Tensor | None = None
     if out_NW.dtype != torch.float32:
         num_rows = min(chunk, out_NW.shape[0])
@@ -144,7 +150,7 @@ def _decode_chunks(blocks_NB: Tensor, type: GGMLType, out_NW: Tensor) -> None:
 def quantize(weights: Tensor, type: GGMLType) -> Tensor:
     """uint8 blocks [..., row_bytes] of the weights [..., columns], on their device.
 
-    Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 are bit-identical to ggml.
+    Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 are bit-identical to ggml; Q2_K to Q6_K have a smaller error than ggml's.
 
     Raises:
         InputError: no encoder for `type`, columns that are no whole number of blocks (the fall-back type is named),
@@ -162,7 +168,7 @@ def quantize(weights: Tensor, type: GGMLType) -> Tensor:
     blocks_NB = torch.empty(
         weights_NW.shape[0], type.block_bytes, dtype=torch.uint8, device=weights.device
     )
-    chunk = _chunk_blocks(type, weights.device)
+    chunk = _chunk_blocks(type, weights.device, _CPU_ENCODE_CHUNK_WEIGHTS)
     for start in range(0, weights_NW.shape[0], chunk):
         part_NW = weights_NW[start : start + chunk].to(torch.float32)
         blocks_NB[start : start + chunk] = _ENCODERS[type](part_NW)

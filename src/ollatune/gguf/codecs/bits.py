@@ -30,7 +30,13 @@ def constants(values: tuple[int, ...], device: torch.device) -> Tensor:
 def planes(parts: Tensor) -> Tensor:
     """int64 lanes [P, M] of uint8 [..., P, R], where M runs over what is before P, and then R."""
     num_parts = parts.shape[-2]
-    return parts.movedim(-2, 0).contiguous().view(torch.int64).view(num_parts, -1)
+    return compact(parts.movedim(-2, 0)).view(torch.int64).view(num_parts, -1)
+
+
+def compact(bytes_: Tensor) -> Tensor:
+    """A copy that can be viewed as wider numbers: its own storage, and the strides of its shape."""
+    # `contiguous` would keep the strides of a slice that holds one block.
+    return bytes_.clone(memory_format=torch.contiguous_format)
 
 
 def shifted_left(planes_PM: Tensor, *shifts: int) -> Tensor:

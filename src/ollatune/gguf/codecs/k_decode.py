@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ollatune.gguf.codecs.bits import (
+    compact,
     constants,
     half_column,
     interleave,
@@ -45,7 +46,7 @@ def decode_q2_k(blocks_NB: Tensor, out_NW: Tensor) -> None:
 def _q3_k_scales(packed_N12: Tensor) -> Tensor:
     """int8 [N, 16] of the 6-bit scales, minus 32: low nibbles in eight bytes, bit pairs in four."""
     scales_N4 = packed_N12.new_empty(packed_N12.shape[0], 4, dtype=torch.int32)
-    packed_N3 = packed_N12.contiguous().view(torch.int32)
+    packed_N3 = compact(packed_N12).view(torch.int32)
     low_N2, high_N1 = packed_N3[:, :2], packed_N3[:, 2:]
     torch.bitwise_and(low_N2, 0x0F0F0F0F, out=scales_N4[:, :2])
     torch.bitwise_and(low_N2 >> 4, 0x0F0F0F0F, out=scales_N4[:, 2:])
@@ -72,7 +73,7 @@ def _q4_k_scales(blocks_NB: Tensor) -> Tensor:
     Twelve bytes hold 6-bit numbers: four scales, four minima, then the low nibbles of the other
     four of each, whose upper bit pairs fill the first eight bytes.
     """
-    packed_N3 = blocks_NB[:, 4:16].contiguous().view(torch.int32)
+    packed_N3 = compact(blocks_NB[:, 4:16]).view(torch.int32)
     scales_2N2 = packed_N3.new_empty(2, packed_N3.shape[0], 2)
     for which in range(2):  # the scales, then the minima
         packed_N = packed_N3[:, which]

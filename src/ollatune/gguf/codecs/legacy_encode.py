@@ -11,23 +11,23 @@ from torch import Tensor
 
 from ollatune.gguf.codecs.bits import float_to_half_bytes
 
+_BELOW_HALF = torch.tensor(0.49999997)
+
 
 def _inverse(step_N1: Tensor) -> Tensor:
     return torch.where(step_N1 == 0, 0.0, step_N1.reciprocal())
 
 
-def _nearest_away(values: Tensor) -> Tensor:
-    """Nearest integer, halves away from zero as C's roundf does. Works in place."""
-    # Subtracting the truncated part is exact, so a value just below a half is not pushed over it.
-    whole = values.trunc()
-    return values.sub_(whole).mul_(2).trunc_().add_(whole)
-
-
 def encode_q8_0(weights_NW: Tensor) -> Tensor:
     largest_N1 = weights_NW.amax(1, keepdim=True).abs_()
     step_N1 = torch.maximum(largest_N1, weights_NW.amin(1, keepdim=True).abs_()).div_(127)
-    quants_NW = _nearest_away(weights_NW * _inverse(step_N1)).to(torch.int8)
-    return torch.cat([float_to_half_bytes(step_N1), quants_NW.view(torch.uint8)], dim=1)
+    scaled_NW = weights_NW * _inverse(step_N1)
+    # Halves go away from zero, as by C's roundf: the largest float below a half is added, and the rest cut off.
+    scaled_NW.add_(torch.copysign(_BELOW_HALF, scaled_NW))
+    blocks_NB = torch.empty(scaled_NW.shape[0], 34, dtype=torch.uint8, device=scaled_NW.device)
+    blocks_NB[:, :2] = float_to_half_bytes(step_N1)
+    blocks_NB[:, 2:].view(torch.int8).copy_(scaled_NW)
+    return blocks_NB
 
 
 def _symmetric(weights_NW: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
