@@ -30,6 +30,8 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     score: float = 0.0
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    question_parts: tuple[str, str] = ("", "")
+    """Instruction and context that the only user message was joined from, where the record had them apart."""
 
     def digest(self) -> int:
         """64-bit digest of everything the model would see: equal for exact duplicates."""

@@ -105,7 +105,7 @@ def iter_samples(
 ) -> Iterator[tuple[Sample, Position, Split | None]]:
     """Every good record of a source in normal form, with its place and the split its file is named after.
 
-    The names of the record forms that were met are added to `forms`.
+    The names of the record forms that are met are added to `forms`.
     """
     columns = source.columns or config.columns
     for file in source_files(source, method):

@@ -177,13 +177,19 @@ class RecordReader:
     ) -> Conversation:
         question = text_of(value["instruction"], "instruction", position)
         answer = answer_of(value[answer_field], answer_field, position)
-        if context := optional_text(value.get(context_field), context_field, position):
+        parts = (
+            question,
+            context := optional_text(value.get(context_field), context_field, position),
+        )
+        if context:
             question = f"{question}\n\n{context}" if question else context
         if not question or question.isspace():
             raise RecordError(
                 position, "`instruction` is empty", "Write the task or remove the record."
             )
-        return self._exchange(value, question, answer, position)
+        conversation = self._exchange(value, question, answer, position)
+        conversation.question_parts = parts
+        return conversation
 
     def _instruction(self, value: dict[str, Any], position: Position) -> Sample:
         return self._with_context(value, "context", "response", position)
