@@ -71,7 +71,8 @@ class ServedModel(Protocol):
 class LlamaCppServed:
     """A GGUF in llama.cpp behind the template and stops of its Modelfile, as Ollama would apply them.
 
-    `system` is the Modelfile's SYSTEM: put before conversations that have no system message of their own.
+    `system` is the Modelfile's SYSTEM: put before conversations that do not begin with a system message.
+    `template` must not take a beginning-of-text token out of the text (`adds_bos=False`), for servers do not either.
     `num_top` is how many alternatives are asked for per token.
     """
 
@@ -178,8 +179,8 @@ class OllamaServed:
 
 
 def with_system(messages: Sequence[Message], system: str) -> list[Message]:
-    """The conversation with `system` at its start unless it has a system message: what Ollama does with SYSTEM."""
-    if system and not any(message.role == "system" for message in messages):
+    """The conversation with `system` before it unless it begins with one: what Ollama's chat does with SYSTEM."""
+    if system and not (messages and messages[0].role == "system"):
         return [Message("system", system), *messages]
     return list(messages)
 
