@@ -39,6 +39,8 @@ class LlamaCppRunner:
             "n_probs": max(1, request.num_alternatives), "return_tokens": True, "cache_prompt": False, **sampling,
         })  # fmt: skip
         output_ids = answer["tokens"]
+        if answer["stop_type"] == "eos":
+            output_ids = output_ids[:-1]  # Ollama's context is without the token that ended the answer
         return GenerationAnswer(
             tokens=_tokens(answer),
             done_reason="length" if answer["stop_type"] == "limit" else "stop",

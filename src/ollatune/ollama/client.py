@@ -278,11 +278,11 @@ class OllamaClient:
                 status = ""
                 for event in self.session.events(call):
                     status = str(event.get("status") or "")
-                    completed = int(event.get("completed") or 0)
+                    completed, total = _count(event, "completed"), _count(event, "total")
                     if completed > furthest:
                         furthest, left = completed, attempts
                     if progress:
-                        digest, total = str(event.get("digest") or ""), int(event.get("total") or 0)
+                        digest = str(event.get("digest") or "")
                         progress(Progress(status, digest, completed, total))
                 if status == "success":
                     return
@@ -304,6 +304,11 @@ def _sent(name: str) -> str:
     """`name` as it is given to the server. Raises UsageError for what is no model name."""
     ModelName.parse(name)
     return name
+
+
+def _count(event: Mapping[str, Any], key: str) -> int:
+    value = event.get(key)
+    return value if isinstance(value, int) else 0
 
 
 def _made(make: Callable[[], _Made], doing: str) -> _Made:

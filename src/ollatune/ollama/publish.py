@@ -83,6 +83,9 @@ def publish(
     shown = _shown(client, target.short)
     if shown is not None and not force:
         if _is_same(shown, model, parameters):
+            _delete_quietly(
+                client, _staging_name(target)
+            )  # of a run that was killed at the very end
             return Published(target.short, _digest_of(shown), was_there=True)
         raise UsageError(
             f"The server has a model {target.short} already.",
@@ -90,7 +93,7 @@ def publish(
         )
     digest = client.upload_blob(weights, progress=progress)
     staging = _staging_name(target)
-    client.create(_request(client, staging, model, parameters, weights, digest), progress=progress)
+    client.create(_request(staging, model, parameters, weights, digest), progress=progress)
     try:
         client.generate(staging, "Hi", options={"num_predict": 1, "temperature": 0, "seed": 1})
         if check:
@@ -119,7 +122,6 @@ def _require_routes(client: OllamaClient, model: ModelToPublish) -> None:
 
 
 def _request(
-    client: OllamaClient,
     name: str,
     model: ModelToPublish,
     parameters: Mapping[str, Any],
@@ -162,6 +164,12 @@ def _is_same(shown: ShownModel, model: ModelToPublish, parameters: Mapping[str, 
         and [dict(m) for m in shown.messages] == [dict(m) for m in model.messages]
         and shown.parameters == dict(parameters)
     )
+
+
+def _delete_quietly(client: OllamaClient, name: str) -> None:
+    """A failure here must not hide the one that led here; the next run deletes what stays."""
+    with suppress(OllamaError):
+        client.delete(name)
 
 
 def _digest_of(shown: ShownModel) -> str:

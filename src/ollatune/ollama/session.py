@@ -92,6 +92,8 @@ class Session:
             timeout=self._timeout(is_work=False),
             trust_env=not endpoint.is_loopback,  # a proxy never stands between us and this machine
             transport=transport,
+            verify=endpoint.scheme
+            == "https",  # reading the certificates takes longer than most requests
         )
         self._http: httpx.Client = official._client
         self._http.headers["user-agent"] = f"ollatune/{__version__}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ollatune.base.errors import ServiceError
 from ollatune.base.text import printable
 
-_VERSION = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:[-+.].*)?")
+_VERSION = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:[-+].*)?")
 
 # Architectures that servers before 0.30.0 run on an engine without LoRA, and since when they do.
 _NO_LORA_SINCE = {
