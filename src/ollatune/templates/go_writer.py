@@ -40,12 +40,12 @@ _LAST_USER = (
 def write_template(style: ChatStyle) -> str:
     """`style` in Go's template language."""
     is_own = style.system_place == "own"
-    later = style.later_system or style.system
+    later = style.later_system
     thinking = style.thinking
     counts_users = thinking is not None and not thinking.is_always_shown
     is_inside_user = style.system_place in ("first_user", "last_user")
     has_positions = counts_users or is_inside_user or (is_own and later != style.system)
-    wrappers = (style.user, style.assistant, style.system, later)
+    wrappers = [style.user, style.assistant, style.system, *([later] if later else [])]
     opening = _literal(style.opening)
     if is_own and opening:
         test = 'ne $first.Role "system"'
@@ -60,7 +60,7 @@ def write_template(style: ChatStyle) -> str:
         "{{ range $i, $_ := .Messages }}" if has_positions else "{{ range .Messages }}",
         '{{ if eq .Role "user" }}' + _user(style),
         '{{ else if eq .Role "assistant" }}' + _assistant(style),
-        _system(style, later) if is_own else "",
+        _system(style) if is_own else "",
         "{{ end }}{{ end }}" + _literal(style.generation),
     ]
     if thinking is not None and thinking.switched_off:
@@ -69,10 +69,13 @@ def write_template(style: ChatStyle) -> str:
     return "".join(pieces)
 
 
-def _system(style: ChatStyle, later: Wrapper) -> str:
+def _system(style: ChatStyle) -> str:
+    later = style.later_system
     test = 'eq .Role "system"' if style.writes_empty_system else 'and (eq .Role "system") .Content'
     turn = _wrapped(style.system)
-    if later != style.system:
+    if later is None:
+        test = f"and ({test}) (eq $i 0)"
+    elif later != style.system:
         turn = f"{{{{ if eq $i 0 }}}}{turn}{{{{ else }}}}{_wrapped(later)}{{{{ end }}}}"
     return f"{{{{ else if {test} }}}}{turn}"
 
@@ -106,11 +109,11 @@ def _wrapped(wrapper: Wrapper, content: str = ".Content", *, inner: str = "") ->
 
 def _literal(text: str) -> str:
     """Text outside actions. Braces that would begin one, and what a Modelfile drops, stand in a string constant."""
-    pieces = []
-    for index, character in enumerate(text):
-        is_brace = character == "{" and text[index + 1 : index + 2] in ("{", "")
-        if is_brace or not (is_printable(character) or character in "\n\t"):
-            pieces.append("{{ " + quoted(character) + " }}")
+    shown = ""
+    for character in reversed(text):
+        is_kept = is_printable(character) or character in "\n\t"
+        if not is_kept or (character == "{" and shown[:1] in ("{", "")):
+            shown = "{{ " + quoted(character) + " }}" + shown
         else:
-            pieces.append(character)
-    return "".join(pieces)
+            shown = character + shown
+    return shown

@@ -44,7 +44,9 @@ class ChatStyle:
     opening: str  # before the first user where no system message leads
     system_place: str
     system: Wrapper  # the leading system message
-    later_system: Wrapper | None  # a system message after other turns
+    later_system: (
+        Wrapper | None
+    )  # a system message after other turns; None where the template leaves it out
     user: Wrapper
     assistant: Wrapper
     generation: str  # what follows the last user's wrapper in a prompt
@@ -88,7 +90,7 @@ class StyleReader:
             opening=opening[: len(opening) - len(user_before)],
             system_place=place,
             system=system,
-            later_system=self._later_system(second_head, assistant, user),
+            later_system=self._later_system(system, assistant, user),
             user=user,
             assistant=assistant,
             generation=last_tail[len(user_after) :],
@@ -155,7 +157,7 @@ class StyleReader:
             )
         return "first_user", Wrapper(before[len(opening) :], after, is_trimmed)
 
-    def _later_system(self, second_head: str, assistant: Wrapper, user: Wrapper) -> Wrapper | None:
+    def _later_system(self, leading: Wrapper, assistant: Wrapper, user: Wrapper) -> Wrapper | None:
         conversation = [
             _message("user", "A"),
             _message("assistant", "B"),
@@ -163,11 +165,14 @@ class StyleReader:
             _message("user", "C"),
         ]
         try:
-            _, _, head, tail, _ = self._between(conversation, "A", "B", "S", "C")
+            text = self.render(conversation)
         except InputError:
+            return leading  # refused, so that it does not matter
+        if _MARKS["S"] not in text:
             return None
+        _, _, head, tail, _ = self._between(conversation, "A", "B", "S", "C")
         if not (head.startswith(assistant.after) and tail.endswith(user.before)):
-            return None
+            raise InputError("The chat template writes a later system message in a new way.")
         padded = Message("system", f"{_PADDING}{_MARKS['T']}{_PADDING}")
         is_kept = padded.content in self.render([*conversation[:2], padded, conversation[3]])
         return Wrapper(
@@ -200,7 +205,10 @@ class StyleReader:
         return None
 
     def _writes_empty_system(self, system: Wrapper, user: Wrapper) -> bool:
-        text = self.render([Message("system", ""), _message("user", "A")])
+        try:
+            text = self.render([Message("system", ""), _message("user", "A")])
+        except InputError:
+            return True  # refused, so that it does not matter
         return text.startswith(f"{system.before}{system.after}{user.before}{_MARKS['A']}")
 
 

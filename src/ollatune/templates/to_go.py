@@ -20,7 +20,7 @@ from ollatune.templates.probes import probe_conversations
 from ollatune.templates.style import StyleReader
 from ollatune.templates.turns import KNOWN_END_OF_TURN
 
-_FEWEST_PROBES = 12
+_FEWEST_PROBES = 20
 
 _FAMILIES = (  # the first whose texts all occur in a rendering
     ("llama3", ("<|start_header_id|>",)),
@@ -83,7 +83,7 @@ def _written(chat_template: ChatTemplate, notes: list[str]) -> str:
             "Tool definitions and calls are not part of the TEMPLATE; the GGUF's own template has them."
         )
     if style.system_place == "none":
-        notes.append("The model's template refuses system messages; the TEMPLATE leaves them out.")
+        notes.append("The model's template takes no system message; the TEMPLATE leaves it out.")
     if "strftime_now" in chat_template.text:
         notes.append(
             f"The date in the TEMPLATE is the one trained with, {chat_template.today.isoformat()}."
@@ -111,6 +111,8 @@ def _verify(chat_template: ChatTemplate, text: str) -> int:
     template = OllamaTemplate(text)
     num_equal = 0
     for conversation in probe_conversations():
+        if chat_template.think is False and any(message.thinking for message in conversation):
+            continue  # where thinking is off there is none to show
         try:
             expected = chat_template.render_prompt(conversation)
         except InputError:

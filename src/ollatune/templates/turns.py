@@ -69,16 +69,30 @@ class TurnReader:
         """The turn in which `answer` follows `history`. Raises InputError where prompt and rendering disagree."""
         prompt = self.render(history, True)
         full = self.render([*history, answer], False)
-        key = (*(m.role for m in history), bool(answer.thinking), len(answer.tool_calls))
+        if answer.tool_calls:
+            return self._tool_call_turn(history, answer, prompt, full)
+        key = (*(m.role for m in history), bool(answer.thinking))
         around = self._known.get(key)
         body = None if around is None else _plain_body(prompt, full, answer.content, around)
         if around is None or body is None:
             around, body = self._probe(history, answer, prompt, full)
             self._known[key] = around
-        after = around.after
-        if not full.endswith(after):
-            after = self._own_ending(full)
-        return self._turn(prompt, body, after, around.between)
+        return self._turn(prompt, body, around.after, around.between)
+
+    def _tool_call_turn(
+        self, history: Sequence[Message], answer: Message, prompt: str, full: str
+    ) -> Turn:
+        """A turn with tool calls, in which a mark for the content may not show: read from its two ends."""
+        if not full.startswith(prompt):
+            raise _not_a_prefix(prompt, full)
+        visible = full.rstrip()
+        for text in self.end_of_turn_texts:
+            if visible.endswith(text) and len(visible) - len(text) >= len(prompt):
+                end = len(visible) - len(text)
+                return self._turn(prompt, full[len(prompt) : end], full[end:], "")
+        continued = self.render([*history, answer, Message("tool", LAST_MARK)], True)
+        between = continued[len(full) :] if continued.startswith(full) else ""
+        return self._turn(prompt, full[len(prompt) :], "", between)
 
     def _turn(self, prompt: str, body: str, after: str, between: str) -> Turn:
         ending, trailing = self._split_ending(after)
@@ -115,10 +129,9 @@ class TurnReader:
             # Some templates write an earlier message otherwise once it is answered (Mistral moves the system message
             # to the last user); what counts is that the text after the last message goes on as the prompt does.
             lead = self._lead_after_last_message(history, marked)
-        if not full.startswith(before):
+        if not full.startswith(before) or not full.endswith(after):
             raise _not_a_prefix(before, full)
-        own_after = after if full.endswith(after) else self._own_ending(full)
-        content = full[len(before) : len(full) - len(own_after)]
+        content = full[len(before) : len(full) - len(after)]
         return _Surroundings(lead, after, self._between(history, marked)), lead + content
 
     def _lead_after_last_message(self, history: Sequence[Message], marked: Message) -> str:
@@ -153,17 +166,6 @@ class TurnReader:
             return "", after
         at, _, text = min(found)
         return after[: at + len(text)], after[at + len(text) :]
-
-    def _own_ending(self, full: str) -> str:
-        """How a rendering ends that differs from the one with a mark, as tool calls make it."""
-        visible = full.rstrip()
-        for text in self.end_of_turn_texts:
-            if visible.endswith(text):
-                return text + full[len(visible) :]
-        raise InputError(
-            f"Cannot find where the assistant's message ends in its rendering: {printable(full[-80:])!r}.",
-            hint="Expected it to end with one of the tokenizer's end-of-turn tokens.",
-        )
 
     def segments(
         self, messages: Sequence[Message], *, is_every_answer_target: bool
