@@ -15,7 +15,7 @@ from ollatune.data.order import SampleOrder, make_key, permute, source_repeats
 from tests.unit.test_data_batching import make_set
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(size=st.one_of(st.integers(1, 300), st.integers(4000, 9000)), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(size: int, key: int) -> None:
     image = permute(np.arange(size), size, np.uint64(key))

@@ -96,6 +96,7 @@ def test_documents_and_windows_are_equal_too(tmp_path: Path) -> None:
     assert len(os.listdir(next((tmp_path / "cache").glob("?" * 32)))) > 6
 
 
+@pytest.mark.slow
 def test_worker_processes_make_the_same_cache(tmp_path: Path) -> None:
     data = mixed_folder(tmp_path / "data")
     counter = tmp_path / "calls"

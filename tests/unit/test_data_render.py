@@ -196,7 +196,7 @@ roles = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     exchanges=roles,
     max_length=st.integers(24, 200),

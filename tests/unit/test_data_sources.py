@@ -1,0 +1,179 @@
+"""Readers against reference parsers, on any cut of the stream, and on damaged bytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ollatune.base.errors import InputError
+from ollatune.data.json_array import read_json
+from ollatune.data.jsonl import read_jsonl
+from ollatune.data.rejects import Rejections
+from ollatune.data.sources import find_files, iter_records, read_text, split_of
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    max_leaves=5,
+)
+objects = st.dictionaries(texts, json_values, max_size=4)
+HERE = Path("a.json")
+
+
+class Drip(io.BytesIO):
+    """Gives at most a few bytes a read, so that every value is cut somewhere."""
+
+    def __init__(self, content: bytes, seed: int) -> None:
+        super().__init__(content)
+        self._random = random.Random(seed)
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(self._random.randint(1, 7))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(objects, max_size=6),
+    ascii_only=st.booleans(),
+    end=st.sampled_from(["\n", "\r\n", "\n\n"]),
+)
+def test_json_lines_are_read_as_json_reads_them(
+    rows: list[Any], ascii_only: bool, end: str
+) -> None:
+    content = end.join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
+    records = list(read_jsonl(io.BytesIO(content.encode()), HERE, Rejections()))
+    assert [record.value for record in records] == rows
+    step = end.count("\n")
+    assert [record.position.line for record in records] == [1 + step * i for i in range(len(rows))]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(objects, max_size=6),
+    indent=st.sampled_from([None, 0, 2]),
+    ascii_only=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_json_arrays_are_read_alike_however_they_arrive(
+    rows: list[Any], indent: int | None, ascii_only: bool, seed: int
+) -> None:
+    content = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    records = list(read_json(Drip(content.encode(), seed), HERE, Rejections()))
+    assert [record.value for record in records] == rows
+    lines = content.split("\n")
+    for record in records:
+        assert lines[record.position.line - 1][record.position.column - 1] == "{"
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.tuples(st.text(), st.text(min_size=1)), min_size=1, max_size=6))
+def test_csv_is_read_as_the_standard_library_writes_it(rows: list[tuple[str, str]]) -> None:
+    rows = [(a.replace("\x00", ""), b.replace("\x00", "x")) for a, b in rows]
+    rows = [
+        (a.encode("utf-8", "ignore").decode(), b.encode("utf-8", "ignore").decode() or "x")
+        for a, b in rows
+    ]
+    sink = io.StringIO()
+    csv.writer(sink).writerows([("one", "two"), *rows])
+    from ollatune.data.tables import read_csv
+
+    records = list(read_csv(io.BytesIO(sink.getvalue().encode()), Path("a.csv"), Rejections()))
+    assert [tuple(record.value.values()) for record in records] == rows
+
+
+def test_long_texts_come_in_pieces_that_join_to_the_whole() -> None:
+    paragraph = "A line of text.\nAnother line.\n\n"
+    content = paragraph * 50_000
+    pieces = [record.value for record in read_text(io.BytesIO(content.encode()), Path("a.txt"))]
+    assert len(pieces) == 2
+    assert "".join(piece.text for piece in pieces) == content
+    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert all(len(piece.text) < 3 << 20 for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"), ("training-00001.parquet", "train"), ("emails_train.csv", "train"),
+        ("valid.json", "validation"), ("validation-2.jsonl", "validation"), ("dev.jsonl.gz", "validation"),
+        ("eval/a.jsonl", "validation"), ("val/train_notes.jsonl", "train"), ("test/part-1.jsonl", "test"),
+        ("my-test.jsonl", "test"), ("TEST.jsonl", "test"), ("testimony.jsonl", None), ("devices.csv", None),
+        ("trainer/a.jsonl", None), ("data.jsonl", None), ("123.jsonl", None),
+    ],
+)  # fmt: skip
+def test_splits_are_known_by_whole_words(name: str, split: str | None) -> None:
+    assert split_of(Path(name)) == split
+
+
+def test_glob_patterns_name_several_files(tmp_path: Path) -> None:
+    for name in ("a-train.jsonl", "b-test.jsonl", "c.bin"):
+        (tmp_path / name).write_text("{}")
+    found = find_files(str(tmp_path / "*"))
+    assert [(f.path.name, f.split) for f in found] == [
+        ("a-train.jsonl", "train"),
+        ("b-test.jsonl", "test"),
+    ]
+
+
+def _parquet() -> bytes:
+    sink = io.BytesIO()
+    table = pa.table({"text": [f"text {i}" for i in range(50)], "n": list(range(50))})
+    pq.write_table(table, sink, row_group_size=20)
+    return sink.getvalue()
+
+
+SEEDS = {
+    ".jsonl": b'{"text": "a\\u00e9", "n": [1, {"b": null}]}\n{"text": "b"}\r\n\n{"text": "\xc3\xa9"}',
+    ".json": b'[\n {"text": "a", "n": -1.5e3},\n {"text": "b\\n"}, {"text": "c", "x": [true, false]}\n]\n',
+    ".csv": b'text,n\n"a, b",1\nc,2\n"d\n""e""",3\n',
+    ".txt": b"one\n\ntwo\fthree\r\n\xc3\xa9\n",
+    ".parquet": _parquet(),
+}
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+@pytest.mark.parametrize("suffix", SEEDS)
+def test_damaged_files_give_records_or_our_error(
+    suffix: str, data: st.DataObject, tmp_path: Path
+) -> None:
+    content = bytearray(SEEDS[suffix])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content)))
+        kind = data.draw(st.sampled_from(["flip", "insert", "cut", "repeat"]))
+        if kind == "flip" and at < len(content):
+            content[at] ^= 1 << data.draw(st.integers(0, 7))
+        elif kind == "insert":
+            content[at:at] = data.draw(st.binary(min_size=1, max_size=4))
+        elif kind == "cut":
+            del content[at:]
+        else:
+            content += content[at:]
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(bytes(content))
+    errors: list[str] = []
+    for rejections in (Rejections(), Rejections(skip_bad=True)):
+        try:
+            for record in iter_records(path, rejections):
+                assert str(record.position).startswith(str(path))
+        except InputError as error:
+            errors.append(str(error))
+    assert all(str(path) in error and "\n" not in error for error in errors)
