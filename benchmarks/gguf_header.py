@@ -18,7 +18,7 @@ from ollatune.gguf.writer import encode_metadata, write_gguf
 
 NUM_TOKENS = 256_000
 NUM_MERGES = 250_000
-ROUNDS = 3
+ROUNDS = 2
 
 
 def write_vocabulary(
