@@ -13,7 +13,10 @@ from torch import Tensor
 from ollatune.base.errors import InputError
 from ollatune.gguf.codecs import k_decode, k_encode, legacy_decode, legacy_encode
 from ollatune.gguf.codecs.floats import FLOAT_DTYPES, encode_float
+from ollatune.gguf.mixes import FALLBACK_TYPES
 from ollatune.gguf.types import GGMLType
+
+__all__ = ["DECODABLE", "ENCODABLE", "FALLBACK_TYPES", "check_columns", "dequantize", "quantize"]
 
 _DECODERS: dict[GGMLType, Callable[[Tensor, Tensor], None]] = {
     GGMLType.Q8_0: legacy_decode.decode_q8_0,
@@ -45,16 +48,6 @@ _ENCODERS: dict[GGMLType, Callable[[Tensor], Tensor]] = {
 
 DECODABLE = frozenset(_DECODERS) | frozenset(FLOAT_DTYPES)
 ENCODABLE = frozenset(_ENCODERS) | frozenset(FLOAT_DTYPES)
-
-# Types for rows that are no whole number of blocks, as llama.cpp falls back.
-FALLBACK_TYPES: dict[GGMLType, GGMLType] = {
-    GGMLType.Q2_K: GGMLType.Q4_0,
-    GGMLType.Q3_K: GGMLType.Q4_0,
-    GGMLType.IQ4_XS: GGMLType.IQ4_NL,
-    GGMLType.Q4_K: GGMLType.Q5_0,
-    GGMLType.Q5_K: GGMLType.Q5_1,
-    GGMLType.Q6_K: GGMLType.Q8_0,
-}
 
 # Weights a pass works on: enough to hide the cost of calling torch, few enough to stay in a CPU's last-level cache.
 _CPU_DECODE_CHUNK_WEIGHTS = 1 << 20
