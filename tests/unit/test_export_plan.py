@@ -102,6 +102,7 @@ def test_the_next_larger_type() -> None:
     while (larger := next_larger_type(order[-1])) is not None:
         order.append(larger)
     assert [kind.name for kind in order] == ["Q4_K", "Q6_K", "Q8_0", "F16", "F32"]
+    assert next_larger_type(GGMLType.BF16) is GGMLType.F16
 
 
 def test_unknown_types_are_refused_with_the_choices(base: GGUFFile) -> None:

@@ -26,6 +26,7 @@ BASE_TYPE = "base"
 
 _FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 _FINE_BITS_PER_WEIGHT = 8.0
+_FINER_TYPES = (GGMLType.Q6_K, GGMLType.Q8_0, GGMLType.F16, GGMLType.F32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,11 @@ def fitting_type(info: TensorInfo, requested: GGMLType) -> TypeChoice:
 
 
 def next_larger_type(stored: GGMLType) -> GGMLType | None:
-    """The smallest type of TENSOR_TYPES with more bits than `stored`; None above all of them."""
-    larger = [GGMLType.from_name(name) for name in TENSOR_TYPES]
-    larger = [kind for kind in larger if kind.bits_per_weight > stored.bits_per_weight]
-    return min(larger, key=lambda kind: kind.bits_per_weight, default=None)
+    """The next finer type to store a tuned tensor in; None above all of them.
+
+    bf16 is followed by f16: as large, and finer for every weight that it can hold.
+    """
+    if stored is GGMLType.BF16:
+        return GGMLType.F16
+    finer = [kind for kind in _FINER_TYPES if kind.bits_per_weight > stored.bits_per_weight]
+    return finer[0] if finer else None
