@@ -105,7 +105,7 @@ FAMILIES = {
     "chatml": Family(given(CHATML), "", "<|im_end|>", False, "chatml", 39),
     "smollm2": Family(given(SMOLLM2), "<|im_start|>", "<|im_end|>", False, "chatml", 39),
     "qwen2.5": Family(collected("Qwen-Qwen2.5-7B-Instruct.jinja"), "", "<|im_end|>", False, "chatml", 39),
-    "qwen3": Family(collected("Qwen-Qwen3-0.6B.jinja"), "", "<|im_end|>", False, "chatml", 78),
+    "qwen3": Family(collected("Qwen-Qwen3-0.6B.jinja"), "", "<|im_end|>", False, "chatml", 76),
     "llama3": Family(published("llama3"), BEGIN, "<|eot_id|>", True, "llama3", 39),
     "llama3.1": Family(
         collected("meta-llama-Llama-3.1-8B-Instruct.jinja"), BEGIN, "<|eot_id|>", True, "llama3", 39

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ollatune.base.errors import InputError
-from ollatune.templates import Message, load_chat_template, to_go_template
+from ollatune.templates import Message, jinja, load_chat_template, to_go_template
 from ollatune.templates.ollama_render import OllamaTemplate
 from ollatune.templates.probes import probe_conversations
 
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
 TRIMMED = TURN.replace("m.content", "m.content | trim") + PROMPT
+
+
+@pytest.fixture(autouse=True)
+def _trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No child process: what it does has tests of its own."""
+    monkeypatch.setattr(jinja, "_child_refusal", lambda request: "")
 
 
 def test_a_go_template_stays_as_it_is() -> None:
@@ -40,11 +47,11 @@ def test_stops_are_the_end_of_turn_and_what_is_asked_for() -> None:
 
 
 def test_literal_text_that_go_or_a_modelfile_would_not_keep() -> None:
-    jinja = (
+    jinja_text = (
         "{{ '{{x}} {' }}\u00a0{% for m in messages %}<{{ m.role }}>{{ '{' }}{{ m.content }}{{ '}' }}</s>{% endfor %}"
         + PROMPT
     )
-    template = load_chat_template(jinja_text=jinja)
+    template = load_chat_template(jinja_text=jinja_text)
     conversion = to_go_template(template)
     assert "\u00a0" not in conversion.text
     message = [Message("user", "{{ .System }}")]
@@ -62,21 +69,23 @@ SPACES = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace())
     ).map("".join)
 )
 def test_the_trim_written_for_go_is_pythons(text: str) -> None:
-    prompt = TRIMMED_GO.render([Message("user", text)])
+    prompt = trimmed_go().render([Message("user", text)])
     assert prompt == f"<user>{text.strip()}</s><assistant>"
 
 
-TRIMMED_GO = OllamaTemplate(to_go_template(load_chat_template(jinja_text=TRIMMED)).text)
+@cache
+def trimmed_go() -> OllamaTemplate:
+    return OllamaTemplate(to_go_template(load_chat_template(jinja_text=TRIMMED)).text)
 
 
 def test_every_white_space_character_is_trimmed() -> None:
     for space in SPACES:
-        prompt = TRIMMED_GO.render([Message("user", f"{space}a{space}b{space}")])
+        prompt = trimmed_go().render([Message("user", f"{space}a{space}b{space}")])
         assert prompt == f"<user>a{space}b</s><assistant>"
 
 
 def test_long_white_space_is_trimmed() -> None:
-    prompt = TRIMMED_GO.render([Message("user", " \n" * 100 + "a" + "\n" * 200)])
+    prompt = trimmed_go().render([Message("user", " \n" * 100 + "a" + "\n" * 200)])
     assert prompt == "<user>a</s><assistant>"
 
 
@@ -106,7 +115,8 @@ def test_a_template_that_refuses_most_conversations_is_refused() -> None:
 
 
 THINKING = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content and SHOWN %}<think>{{ m.reasoning_content }}</think>"
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.reasoning_content and SHOWN %}<think>{{ m.reasoning_content }}</think>"
     "{% elif m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% if enable_thinking is defined and not enable_thinking %}"
     "<think></think>{% endif %}{% endif %}"

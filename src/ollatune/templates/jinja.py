@@ -19,6 +19,16 @@ from ollatune.templates.messages import Message
 
 _WALL_SECONDS = 5.0
 _COMPILED_KEPT = 32
+# The child reads its request first, because that says where jinja2 is; it sees nothing else that is installed.
+_CHILD = """
+import importlib.util, json, sys
+request = json.load(sys.stdin)
+sys.path[:0] = request["paths"]
+spec = importlib.util.spec_from_file_location("jinja_sandbox", request["sandbox"])
+sandbox = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sandbox)
+sandbox.main(request)
+"""
 _HINT = "Use another chat template, or train with the TEMPLATE of an Ollama model."
 
 _tried: set[str] = set()
@@ -104,13 +114,11 @@ class JinjaTemplate:
         if key not in _compiled:
             if len(_compiled) >= _COMPILED_KEPT:
                 _compiled.clear()
-            now = datetime.datetime.combine(self.today, datetime.time())
-            template = jinja_sandbox.make_environment(now).from_string(self.text)
-            template.globals = dict(
-                template.globals
-            )  # a ChainMap, slow to copy for every rendering
-            _compiled[key] = template
+            _compiled[key] = jinja_sandbox.compiled(self.text, self._now())
         return _compiled[key]
+
+    def _now(self) -> datetime.datetime:
+        return datetime.datetime.combine(self.today, datetime.time())
 
     def _try_once(self, variables: Mapping[str, Any]) -> None:
         """Render in a limited child process, once per template and process. Raises InputError where that fails."""
@@ -129,8 +137,9 @@ class JinjaTemplate:
         ]
         request = {
             "paths": _library_paths(),
+            "sandbox": jinja_sandbox.__file__,
             "template": self.text,
-            "now": datetime.datetime.combine(self.today, datetime.time()).isoformat(),
+            "now": self._now().isoformat(),
             "conversations": [variables, *probes],
         }
         reason = _child_refusal(json.dumps(request))
@@ -154,7 +163,7 @@ def _library_paths() -> list[str]:
 
 def _child_refusal(request: str) -> str:
     """Why the child process refuses or did not survive the template; '' where it is fine."""
-    command = [sys.executable, "-I", "-S", str(jinja_sandbox.__file__)]
+    command = [sys.executable, "-I", "-S", "-c", _CHILD]
     try:
         done = subprocess.run(
             command, input=request.encode(), capture_output=True, timeout=_WALL_SECONDS, check=False
