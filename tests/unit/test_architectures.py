@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gguf
 from ollatune.base.errors import GGUFError, InputError
 from ollatune.gguf.codecs import dequantize, quantize
 from ollatune.gguf.reader import GGUFFile
@@ -27,9 +27,19 @@ from ollatune.modeling.architectures.updates import (
     lora_in_gguf_order,
     rules_of,
 )
-from ollatune.modeling.fast.forward import CausalStep, PackedRow
+from ollatune.modeling.fast.attention import register_attention
+from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.load import load_base_model
-from tests.tiny_models import RECIPES, VOCABULARY_SIZE, TinyModel, gguf_tensors, tiny_model
+from ollatune.modeling.lora import linear_names
+from ollatune.modeling.packed import packed_layers
+from tests.tiny_models import (
+    RECIPES,
+    VOCABULARY_SIZE,
+    TinyModel,
+    gguf_tensors,
+    tiny_gguf,
+    tiny_model,
+)
 
 TOKENS_BT = torch.randint(VOCABULARY_SIZE, (2, 40), generator=torch.Generator().manual_seed(1))
 
@@ -144,17 +154,28 @@ def test_packed_rows_give_what_transformers_gives(
 ) -> None:
     with GGUFFile.open(tiny(recipe).path) as file:
         model = load_base_model(file)
-    ids_T, short = TOKENS_BT[0], 25
+    ids_T, lengths = TOKENS_BT[0], [25, TOKENS_BT.shape[1]]
     with torch.no_grad():
-        apart = [model(ids_T[None, :length]).logits[0] for length in (short, len(ids_T))]
-        rows = torch.cat([ids_T[:short], ids_T])
-        positions = torch.cat([torch.arange(short), torch.arange(len(ids_T))])
-        row = PackedRow(rows, positions, [short, len(ids_T)], torch.arange(len(rows)), rows)
-        step = CausalStep(model)  # switches the model's attention
-        together = model.lm_head(step.hidden(row))
-        if step.settings.softcap is not None:
-            together = torch.tanh(together / step.settings.softcap) * step.settings.softcap
+        apart = [model(ids_T[None, :length]).logits[0] for length in lengths]
+        model.config._attn_implementation = register_attention()
+        together = model(
+            torch.cat([ids_T[:length] for length in lengths])[None],
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            segment_lengths=lengths,
+            use_cache=False,
+        ).logits[0]
     torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=LOGIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_training_step_computes_what_transformers_computes(
+    recipe: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    with GGUFFile.open(tiny(recipe).path) as file:
+        model = load_base_model(file)
+    expected = logits(model)[0].log_softmax(-1)
+    found = CausalStep(model).next_token_logprobs(TOKENS_BT[0].tolist())
+    torch.testing.assert_close(found, expected, rtol=0, atol=LOGIT_TOLERANCE)
 
 
 def test_loaded_model_is_frozen_tied_and_in_evaluation(tiny: Callable[[str], TinyModel]) -> None:
@@ -214,6 +235,55 @@ def test_a_tensor_is_decoded_in_pieces(
         model = load_base_model(file)
     expected = dict(source.model.named_parameters())
     assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["llama", "llama-tied", "llama-bias", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"],
+)
+def test_packed_model_is_the_dense_model(recipe: str, tmp_path: Path) -> None:
+    path = tiny_gguf(recipe, tmp_path, tensor_type="Q8_0")
+    with GGUFFile.open(path) as file:
+        dense, packed = load_base_model(file), load_base_model(file, mode="packed")
+    embedded = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for model in (dense, packed):
+        inputs = embedded.clone().requires_grad_()
+        model(inputs_embeds=inputs).logits.square().sum().backward()
+        gradients.append(inputs.grad)
+    torch.testing.assert_close(logits(packed), logits(dense), rtol=0, atol=LOGIT_TOLERANCE)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-3)
+    left = [name for name, parameter in packed.named_parameters() if parameter.dim() > 1]
+    assert left == [name for name in left if name.endswith("mlp.gate.weight")]  # Mixtral's router
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
+
+
+def test_packed_rows_that_stay_in_order_are_those_of_the_mapped_file(tmp_path: Path) -> None:
+    path = tiny_gguf("llama-tied", tmp_path, tensor_type="Q8_0")
+    with GGUFFile.open(path) as file:
+        model = load_base_model(file, mode="packed")
+        stored = file.tensor_data("blk.1.ffn_down.weight")
+        embedding = file.tensor_data("token_embd.weight")
+    assert model.model.layers[1].mlp.down_proj.blocks.data_ptr() == stored.ctypes.data
+    assert model.model.embed_tokens.blocks.data_ptr() == embedding.ctypes.data
+    assert model.lm_head.blocks.data_ptr() == embedding.ctypes.data
+    assert torch.isfinite(logits(model)).all()  # the file was closed; its mapping lives on
+
+
+def test_packed_experts_are_no_target_of_adapters(tmp_path: Path) -> None:
+    path = tiny_gguf("mixtral", tmp_path, tensor_type="Q8_0")
+    with GGUFFile.open(path) as file:
+        model = load_base_model(file, mode="packed")
+    assert {name.split(".")[3] for name in linear_names(model)} == {"self_attn"}
+
+
+def test_float_matrices_of_a_packed_model_have_the_dtype(
+    tiny: Callable[[str], TinyModel],
+) -> None:
+    with GGUFFile.open(tiny("mixtral").path) as file:
+        model = load_base_model(file, mode="packed", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not packed_layers(model)
 
 
 def test_phi3_takes_the_long_factors_when_it_will_be_served_with_a_long_context(

@@ -16,6 +16,8 @@ from ollatune.base.log import get_logger
 from ollatune.gguf.codecs import dequantize
 from ollatune.gguf.reader import GGUFFile, TensorInfo
 from ollatune.modeling.architectures import Architecture, TensorRule, architecture_of
+from ollatune.modeling.packed import view_of
+from ollatune.modeling.packing import pack_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -43,6 +45,11 @@ class TensorSource:
         self.gguf.release_pages(name)
         return blocks.view(-1, info.type.row_bytes(info.shape[-1]))
 
+    def mapped(self, name: str) -> Tensor:
+        """The same rows where they lie in the mapped file: no memory of their own, not to be written to."""
+        info = self.info(name)
+        return view_of(self.gguf.tensor_data(name)).view(-1, info.type.row_bytes(info.shape[-1]))
+
     def values(self, name: str) -> Tensor:
         """A small tensor decoded to float32, in its own shape."""
         info = self.info(name)
@@ -59,9 +66,11 @@ def load_base_model(
 ) -> PreTrainedModel:
     """The model in `gguf` as a Transformers model, all of it frozen, in evaluation mode.
 
-    `mode` dense: every weight decoded to `dtype`. Packed: linear layers keep the file's blocks and decode them as they
-    compute; embeddings that are not packed, norms and biases have `dtype`. `serving_context`: the context length in
-    tokens it will be served with, for models that compute differently beyond the one they were trained on (Phi-3).
+    `mode` dense: every weight decoded to `dtype`. Packed: quantised matrices keep the file's blocks and are decoded as
+    they compute, on a CPU from the mapped file itself; float matrices, norms and biases have `dtype`.
+    `serving_context`: the context length in tokens it will be served with, for models that compute differently beyond
+    the one they were trained on (Phi-3).
+
     Raises InputError for an architecture or shape that cannot be trained here.
     """
     architecture = architecture_of(gguf.metadata, gguf.tensors)
@@ -77,12 +86,9 @@ def load_base_model(
         architecture.prepare_rotary(model, source.values)
         filled: set[str] = set()
         if mode == "packed":
-            from ollatune.modeling.packing import pack_model
-
-            filled = pack_model(model, rules, source, dtype=dtype, device=device)
-        _fill_parameters(
-            model, [rule for rule in rules if rule.gguf_name not in filled], source, dtype, device
-        )
+            filled = pack_model(model, rules, source, dtype=dtype, device=torch.device(device))
+        rest = [rule for rule in rules if rule.gguf_name not in filled]
+        _fill_parameters(model, rest, source, dtype, device)
         _tie_head(model)
     unfilled = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     assert not unfilled, f"no rule fills {unfilled}"
