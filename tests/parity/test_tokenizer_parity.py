@@ -210,12 +210,15 @@ def test_same_tokens_as_the_engine_on_difficult_vocabularies(seed: int, tmp_path
 
 # ----- special ids ---------------------------------------------------------------------------------------------------
 
+# leaves without tearing the server down: that can hang while the log is still being written
 _PRINT_VOCABULARY = """
-import sys, xllamacpp
+import os, sys, time, xllamacpp
 parameters = xllamacpp.CommonParams()
 parameters.model.path = sys.argv[1]
-parameters.n_ctx, parameters.warmup, parameters.port, parameters.verbosity = 256, False, 0, 10
-xllamacpp.Server(parameters)
+parameters.n_ctx, parameters.warmup, parameters.port, parameters.verbosity = 256, False, 0, 4
+server = xllamacpp.Server(parameters)
+time.sleep(1)
+os._exit(0)
 """
 
 
@@ -245,7 +248,7 @@ def test_same_special_ids_as_the_engine(name: str, tmp_path: Path) -> None:
 
 def _printed_ids(log: str) -> Iterator[tuple[str, set[int]]]:
     for role in ("BOS", "EOS", "EOT", "UNK", "PAD", "EOG"):
-        found = {int(number) for number in re.findall(rf"{role} token +=\s+(\d+)", log)}
+        found = {int(number) for number in re.findall(rf": {role} token +=\s+(\d+)", log)}
         if found:
             yield role, found
 
@@ -254,14 +257,16 @@ def _printed_ids(log: str) -> Iterator[tuple[str, set[int]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "deepseek-llm"])
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "refact"])
 def test_exported_for_transformers(name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = load(ggml_vocab(name))
     tokenizer.save_hf(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    texts = random_texts(14, 500, special_texts(tokenizer))
+    # Hugging Face decodes special tokens beyond ASCII as if they were byte stand-ins
+    special = [text for text in special_texts(tokenizer) if text.isascii()]
+    texts = random_texts(14, 500, special)
     texts += [text for text, _ in vocab_golden(name)]
     for text in texts:
         ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)
