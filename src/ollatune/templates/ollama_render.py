@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import cached_property
 from typing import Any
 
 from ollatune.templates.go import nodes
@@ -87,6 +88,10 @@ class OllamaTemplate:
             )
         return text
 
+    @cached_property
+    def _prompt_root(self) -> nodes.ListNode:
+        return cut_after_response(self.root)
+
     def _legacy(
         self,
         messages: Sequence[Message],
@@ -100,9 +105,7 @@ class OllamaTemplate:
             for turn in turns[:-1]
         ]
         # The server runs the cut tree in a template of its own, without Ollama's functions and named templates.
-        last = execute(
-            cut_after_response(self.root), {**turns[-1], **shared}, defined={}, functions={}
-        )
+        last = execute(self._prompt_root, {**turns[-1], **shared}, defined={}, functions={})
         return "".join(rendered) + last
 
 

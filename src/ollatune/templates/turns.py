@@ -51,6 +51,7 @@ class _Surroundings:
     lead: str
     after: str
     between: str
+    keeps_prompt: bool  # the finished conversation begins with the prompt, word for word
 
 
 class TurnReader:
@@ -125,14 +126,16 @@ class TurnReader:
                 hint="Use a template with .Messages or .Response.",
             )
         lead = before[len(prompt) :]
-        if not before.startswith(prompt):
+        keeps_prompt = before.startswith(prompt)
+        if not keeps_prompt:
             # Some templates write an earlier message otherwise once it is answered (Mistral moves the system message
             # to the last user); what counts is that the text after the last message goes on as the prompt does.
             lead = self._lead_after_last_message(history, marked)
         if not full.startswith(before) or not full.endswith(after):
             raise _not_a_prefix(before, full)
         content = full[len(before) : len(full) - len(after)]
-        return _Surroundings(lead, after, self._between(history, marked)), lead + content
+        between = self._between(history, marked)
+        return _Surroundings(lead, after, between, keeps_prompt), lead + content
 
     def _lead_after_last_message(self, history: Sequence[Message], marked: Message) -> str:
         if not history:
@@ -198,16 +201,13 @@ class TurnReader:
 
 def _plain_body(prompt: str, full: str, content: str, around: _Surroundings) -> str | None:
     """What the model says, where the rendering is plainly prompt, lead, content, after; None where it is not."""
-    start = len(prompt) + len(around.lead)
-    end = len(full) - len(around.after)
-    is_plain = (
-        start <= end
-        and full.startswith(prompt)
-        and full.startswith(around.lead, len(prompt))
-        and full.endswith(around.after)
-        and full[start:end] in (content, content.strip())
-    )
-    return full[len(prompt) : end] if is_plain else None
+    for shown in (content, content.strip()):
+        body = around.lead + shown
+        if full.endswith(body + around.after) and (
+            not around.keeps_prompt or full == prompt + body + around.after
+        ):
+            return body
+    return None
 
 
 def _not_a_prefix(prompt: str, full: str) -> InputError:

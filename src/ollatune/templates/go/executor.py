@@ -184,9 +184,7 @@ class _Run:
         if isinstance(operand, nodes.Field):
             return self.fields(dot, operand.names)
         if isinstance(operand, nodes.Variable):
-            value = self.variable(operand.names[0])
-            # Fields of a variable that holds nothing are nothing; fields of a missing map entry are an error.
-            return None if value is None else self.fields(value, operand.names[1:])
+            return self.variable_fields(operand.names)
         if isinstance(operand, nodes.Constant):
             return operand.value
         if isinstance(operand, nodes.Dot):
@@ -197,7 +195,14 @@ class _Run:
             return self.fields(self.operand(dot, operand.base), operand.names)
         if isinstance(operand, nodes.Identifier):
             return self.call(dot, operand.name, [], _MISSING)
-        return None
+        return None  # nil
+
+    def variable_fields(self, names: tuple[str, ...]) -> Any:
+        value = self.variable(names[0])
+        if len(names) == 1 or value is None:
+            # Fields of a variable that holds nothing are nothing; fields of a missing map entry are an error.
+            return value
+        return self.fields(value, names[1:])
 
     def fields(self, value: Any, names: tuple[str, ...]) -> Any:
         for name in names:
