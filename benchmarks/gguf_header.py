@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import tempfile
@@ -84,7 +83,3 @@ def measure_header(path: Path | None = None, *, rounds: int = ROUNDS) -> dict[st
         "header_reference_seconds": medians["reference"],
         "header_file_bytes": path.stat().st_size,
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure_header()))

@@ -66,6 +66,25 @@ def write_small_base(path: Path, stored_type: GGMLType = GGMLType.Q4_1, seed: in
     return path
 
 
+def write_wide_base(path: Path, stored_type: GGMLType = GGMLType.F16) -> Path:
+    """Eight layers of matrices whose rows the blocks of K-quants divide."""
+    rng = np.random.default_rng(1)
+    names = ["token_embd.weight", "output.weight"]
+    names += [f"blk.{layer}.{part}.weight" for layer in range(8) for part in ("attn_v", "ffn_down")]
+    tensors = [TensorToWrite("output_norm.weight", (256,), GGMLType.F32, lambda: [bytes(1024)])]
+    for name in names:
+        weights = rng.standard_normal((8, 256)).astype(np.float32) * 0.05
+        stored = quants.quantize(weights, GGMLQuantizationType(int(stored_type)))
+        tensors.append(TensorToWrite(name, (8, 256), stored_type, lambda s=stored: [s.tobytes()]))
+    records = [
+        encode_metadata("general.architecture", "llama", ValueType.STRING),
+        encode_metadata("llama.block_count", 8, ValueType.UINT32),
+        encode_metadata("general.file_type", 1, ValueType.UINT32),
+    ]
+    write_gguf(path, records, tensors)
+    return path
+
+
 def lora_factors(shape: tuple[int, ...], seed: int, rank: int = 4) -> tuple[Tensor, Tensor]:
     """A [..., rank, in] and B [..., out, rank] for a tensor of `shape`."""
     generator = torch.Generator().manual_seed(seed)

@@ -19,7 +19,14 @@ from ollatune.export.plan import TensorUpdate, plan_export
 from ollatune.export.settle import settle_types
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.types import GGMLType
-from tests.export_cases import Update, random_update, reference_weights, shapes, write_small_base
+from tests.export_cases import (
+    Update,
+    random_update,
+    reference_weights,
+    shapes,
+    write_small_base,
+    write_wide_base,
+)
 
 TUNED = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight", "blk.1.ffn_gate_exps.weight")
 
@@ -137,6 +144,26 @@ def test_auto_takes_the_smallest_type_that_keeps_the_update(tmp_path: Path) -> N
     assert {t.name: t.type.name for t in settled.tensors if t.action == "update"} == types
     note = next(t.note for t in settled.tensors if t.name == TUNED[0])
     assert note.startswith("Q8_0 would store 0.")
+
+
+def test_a_mix_stores_untouched_tensors_anew(tmp_path: Path) -> None:
+    with GGUFFile.open(write_wide_base(tmp_path / "wide.gguf")) as base:
+        update = random_update("blk.1.ffn_down.weight", (8, 256), relative_size=0.3)
+        plan = plan_export(base, [update], tensor_type="q4_K_M")
+        result = apply_export(plan, tmp_path / "model.gguf")
+        with GGUFFile.open(result.path) as written:
+            assert written.metadata["general.file_type"] == 15
+            for tensor in result.tensors:
+                expected = reference_weights(base, tensor.name)
+                if tensor.name == update.name:
+                    expected = update.apply(expected)
+                error = reference_weights(written, tensor.name) - expected
+                relative = float(error.norm() / expected.norm()) if expected.any() else 0.0
+                limit = {"Q4_K": 0.1, "Q6_K": 0.02}.get(tensor.planned.type.name, 0.0)
+                assert relative <= limit, tensor.name
+    actions = [tensor.planned.action for tensor in result.tensors]
+    assert [actions.count(kind) for kind in ("copy", "requantize", "update")] == [1, 17, 1]
+    assert plan.size_bytes < plan.size_bytes_before / 3
 
 
 def test_an_update_of_zeros_has_no_recovery(base: GGUFFile, tmp_path: Path) -> None:

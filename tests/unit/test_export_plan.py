@@ -12,11 +12,12 @@ from torch import Tensor
 from ollatune.base.errors import InputError, UsageError
 from ollatune.export.metadata_edits import DropKey, SetKey
 from ollatune.export.plan import ExportPlan, plan_export
-from ollatune.export.target_types import next_larger_type, tuned_type
+from ollatune.export.target_types import WHOLE_FILE_TYPES, next_larger_type, tuned_type
 from ollatune.gguf.header import TensorInfo
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.types import GGMLType, ValueType
-from tests.export_cases import Update, shapes, write_small_base
+from ollatune.gguf.writer import encode_metadata
+from tests.export_cases import Update, shapes, write_small_base, write_wide_base
 
 
 @pytest.fixture
@@ -103,6 +104,36 @@ def test_the_next_larger_type() -> None:
         order.append(larger)
     assert [kind.name for kind in order] == ["Q4_K", "Q6_K", "Q8_0", "F16", "F32"]
     assert next_larger_type(GGMLType.BF16) is GGMLType.F16
+
+
+def test_a_mix_for_the_whole_file(tmp_path: Path) -> None:
+    with GGUFFile.open(write_wide_base(tmp_path / "wide.gguf")) as base:
+        tuned = update("blk.3.ffn_down.weight", (8, 256))
+        plan = plan_export(base, [tuned], tensor_type="Q4_K_M")
+    found = {t.name: (t.action, t.type.name) for t in plan.tensors}
+    assert found["output_norm.weight"] == ("copy", "F32")
+    assert found["output.weight"] == ("requantize", "Q6_K")
+    assert found["token_embd.weight"] == ("requantize", "Q4_K")
+    # llama.cpp gives Q6_K to the first and last eighth of the layers and to every third between them.
+    finer = [i for i in range(8) if found[f"blk.{i}.attn_v.weight"][1] == "Q6_K"]
+    assert finer == [0, 3, 6, 7]
+    assert found["blk.3.ffn_down.weight"] == ("update", "Q6_K")
+    assert found["blk.2.ffn_down.weight"] == ("requantize", "Q4_K")
+    assert plan.edited_keys == ("general.file_type", "general.quantization_version")
+    assert plan.records[-2] == encode_metadata("general.file_type", 15, ValueType.UINT32)
+
+
+def test_whole_file_types_leave_small_tensors_alone(base: GGUFFile) -> None:
+    plan = plan_export(base, [update("blk.0.attn_q.weight")], tensor_type="all_q8_0")
+    assert planned(plan, "blk.0.attn_q.weight") == ("update", "Q8_0")
+    assert {t.action for t in plan.tensors} == {"copy", "update"}  # Q4_1 is smaller than Q8_0
+
+
+def test_whole_file_names_are_not_those_of_tensor_types() -> None:
+    assert {"q4_K_M", "q5_K_M", "q4_K_S", "all_q8_0", "all_q6_K"} <= set(WHOLE_FILE_TYPES)
+    assert not {name.casefold() for name in WHOLE_FILE_TYPES} & {
+        t.name.casefold() for t in GGMLType
+    }
 
 
 def test_unknown_types_are_refused_with_the_choices(base: GGUFFile) -> None:

@@ -2,7 +2,10 @@
 
 Tuned tensors take the type asked for, with three exceptions: vectors and norms keep their floating-point type; a
 tensor whose base is stored at 8 bits or more is not made coarser; rows that are no whole number of blocks take
-llama.cpp's fall-back type. Untouched tensors keep their bytes, unless a mix for the whole file is asked for.
+llama.cpp's fall-back type. Untouched tensors keep their bytes.
+
+A mix for the whole file (`q4_K_M`, …) gives every tensor the type that llama.cpp's quantiser would; untouched tensors
+that are no larger than that keep their bytes, because storing them anew could only lose.
 """
 
 from __future__ import annotations
@@ -12,10 +15,18 @@ from dataclasses import dataclass
 
 from ollatune.base.errors import UsageError
 from ollatune.base.text import did_you_mean
-from ollatune.export.metadata_edits import MetadataEdit
-from ollatune.gguf.codecs import ENCODABLE, FALLBACK_TYPES
+from ollatune.export.metadata_edits import MetadataEdit, SetKey
+from ollatune.gguf.codecs import ENCODABLE
+from ollatune.gguf.mixes import (
+    FALLBACK_TYPES,
+    MIXES,
+    Mix,
+    ModelTraits,
+    mix_named,
+    tensor_type_for,
+)
 from ollatune.gguf.reader import GGUFFile, TensorInfo
-from ollatune.gguf.types import GGMLType
+from ollatune.gguf.types import GGMLType, ValueType
 
 TENSOR_TYPES = ("q8_0", "q6_K", "f16", "bf16", "f32")
 """The types that keep an update whatever the base; any type that can be encoded is taken."""
@@ -24,6 +35,14 @@ AUTO_TYPE = "auto"
 BASE_TYPE = "base"
 """In place of a type: every tuned tensor keeps the type it has."""
 
+WHOLE_FILE_PREFIX = "all_"
+"""`all_q8_0` is the whole file as q8_0, where `q8_0` is the tuned tensors only."""
+WHOLE_FILE_TYPES = tuple(
+    f"{WHOLE_FILE_PREFIX}{mix.name}" if mix.name == mix.type.name.replace("Q", "q", 1) else mix.name
+    for mix in MIXES.values()
+)
+
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
 _FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 _FINE_BITS_PER_WEIGHT = 8.0
 _FINER_TYPES = (GGMLType.Q6_K, GGMLType.Q8_0, GGMLType.F16, GGMLType.F32)
@@ -48,12 +67,54 @@ def choose_types(base: GGUFFile, tuned: frozenset[str], tensor_type: str) -> Typ
 
     Raises UsageError where `tensor_type` names no type that can be written.
     """
+    mix = _whole_file_mix(tensor_type)
+    if mix is not None:
+        return _choose_by_mix(base, tuned, mix)
     requested = _requested_type(tensor_type)
     return TypeChoices(
         {
             name: tuned_type(info, requested) if name in tuned else TypeChoice(info.type)
             for name, info in base.tensors.items()
         }
+    )
+
+
+def _whole_file_mix(name: str) -> Mix | None:
+    folded = {known.casefold(): known for known in WHOLE_FILE_TYPES}
+    found = folded.get(name.casefold())
+    return None if found is None else mix_named(found.removeprefix(WHOLE_FILE_PREFIX))
+
+
+def _choose_by_mix(base: GGUFFile, tuned: frozenset[str], mix: Mix) -> TypeChoices:
+    traits = _traits(base)
+    choices: dict[str, TypeChoice] = {}
+    for name, info in base.tensors.items():
+        wanted = tensor_type_for(mix, name, info.shape, traits)
+        if name in tuned:
+            choices[name] = tuned_type(info, None) if wanted is None else TypeChoice(wanted)
+        elif wanted is None or info.type.bits_per_weight <= wanted.bits_per_weight:
+            choices[name] = TypeChoice(info.type)
+        else:
+            choices[name] = TypeChoice(wanted)
+    edits = [SetKey("general.file_type", mix.file_type, ValueType.UINT32)]
+    if "general.quantization_version" not in base.metadata:
+        version = SetKey("general.quantization_version", _QUANTIZATION_VERSION, ValueType.UINT32)
+        edits.append(version)
+    return TypeChoices(choices, tuple(edits))
+
+
+def _traits(base: GGUFFile) -> ModelTraits:
+    def number(key: str) -> int:
+        value = base.metadata.get(f"{base.architecture}.{key}", 0)
+        return value if isinstance(value, int) else 0
+
+    num_layers = number("block_count")
+    shares_heads = number("attention.head_count") != number("attention.head_count_kv")
+    return ModelTraits(
+        num_layers=num_layers,
+        num_experts=number("expert_count"),
+        is_tied="output.weight" not in base.tensors,
+        is_grouped_70b=num_layers == 80 and shares_heads,
     )
 
 
@@ -68,8 +129,8 @@ def _requested_type(name: str) -> GGMLType | None:
     if found is None:
         choices = [AUTO_TYPE, *TENSOR_TYPES, BASE_TYPE]
         raise UsageError(
-            f"Tuned tensors cannot be stored as {name!r}.{did_you_mean(name, [*by_name, *choices])}",
-            hint=f"Choose one of {', '.join(choices)}.",
+            f"Tensors cannot be stored as {name!r}.{did_you_mean(name, [*by_name, *choices, *WHOLE_FILE_TYPES])}",
+            hint=f"Choose one of {', '.join(choices)}; or for the whole file {', '.join(WHOLE_FILE_TYPES)}.",
         )
     return found
 
