@@ -40,7 +40,9 @@ class LlamaCppRunner:
         })  # fmt: skip
         output_ids = answer["tokens"]
         if answer["stop_type"] == "eos":
-            output_ids = output_ids[:-1]  # Ollama's context is without the token that ended the answer
+            output_ids = output_ids[
+                :-1
+            ]  # Ollama's context is without the token that ended the answer
         return GenerationAnswer(
             tokens=_tokens(answer),
             done_reason="length" if answer["stop_type"] == "limit" else "stop",

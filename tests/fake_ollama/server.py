@@ -1,16 +1,13 @@
-"""HTTP: routes, streams, blobs, pulls and scripted faults."""
+"""The server itself: routes, blobs, pulls."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
-import socket
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator, Mapping, Sequence
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,22 +19,17 @@ from tests.fake_ollama.faults import Fault
 from tests.fake_ollama.generation import GenerateFunction, scripted_answer
 from tests.fake_ollama.show import ps_row, shown, tags_row
 from tests.fake_ollama.store import FakeStore
+from tests.fake_ollama.wire import JSON, STREAM_ERROR, Cut, Wire
 
-JSON = "application/json; charset=utf-8"
-STREAM_ERROR = "application/json"
-NDJSON = "application/x-ndjson"
 PULL_STEPS = 10
 
 ROUTES = {
     "/": ("GET", "HEAD"), "/api/version": ("GET", "HEAD"), "/api/tags": ("GET", "HEAD"), "/api/ps": ("GET",),
-    "/api/show": ("POST",), "/api/create": ("POST",), "/api/pull": ("POST",), "/api/copy": ("POST",),
+    "/api/show": ("POST",), "/api/create": ("POST",), "/api/pull": ("POST",), "/api/push": ("POST",),
+    "/api/copy": ("POST",),
     "/api/delete": ("DELETE",), "/api/generate": ("POST",), "/api/chat": ("POST",),
     "/v1/chat/completions": ("POST",),
 }  # fmt: skip
-
-
-class Cut(Exception):
-    """The connection is to be closed at once."""
 
 
 class FakeOllama:
@@ -116,18 +108,8 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body are sent apart: without this every answer takes 40 ms
+class _Handler(Wire):
     server: _Server
-    fault: Fault | None
-
-    @property
-    def fake(self) -> FakeOllama:
-        return self.server.fake
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
 
     def do_GET(self) -> None:
         self._handle()
@@ -161,32 +143,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_error(error, JSON)
         except (Cut, ConnectionError):
             self._cut()
-
-    def _apply_early_fault(self) -> None:
-        fault = self.fault
-        if fault is None:
-            return
-        if fault.kind == "delay":
-            time.sleep(fault.seconds)
-        elif fault.kind == "cut_request":
-            length = int(self.headers.get("content-length", 0))
-            self.rfile.read(int(length * fault.fraction))
-            self._note(f"cut at {fault.fraction:.0%}")
-            raise Cut
-
-    def _note(self, body: Any) -> None:
-        with self.fake.lock:
-            self.fake.requests.append((self.command, self.path, body))
-            self.fake.headers.append({key.lower(): value for key, value in self.headers.items()})
-
-    def _body(self) -> Any:
-        content = self.rfile.read(int(self.headers.get("content-length", 0)))
-        if not content:
-            return None
-        try:
-            return json.loads(content)
-        except ValueError:
-            return content
 
     def _route(self, body: Any) -> None:
         methods = ROUTES.get(self.path)
@@ -277,6 +233,38 @@ class _Handler(BaseHTTPRequestHandler):
         if not target.exists():
             shutil.copyfile(source, target)
         yield {**event, "completed": total}
+
+    def _push(self, body: dict[str, Any]) -> None:
+        self._send_events(
+            self._push_events(str(body.get("model") or "")), is_stream=body.get("stream", True)
+        )
+
+    def _push_events(self, given: str) -> Iterator[dict[str, Any]]:
+        """To the registry, if there is one; ollama.com needs a namespace of the user's own."""
+        yield {"status": "retrieving manifest"}
+        model = self.fake.store.read(ModelName.parse(given))
+        if model is None:
+            raise ApiError(404, f"model '{given}' not found")
+        if model.name.namespace == "library":
+            raise ApiError(
+                400,
+                "you are not authorized to push to this namespace, create the model under a namespace you own",
+            )
+        registry = self.fake.registry
+        if registry is None:
+            raise ApiError(500, "dial tcp: lookup registry.ollama.ai: no such host")
+        for layer in model.layers:
+            registry.add_file(self.fake.store.blob_path(layer["digest"]))
+            size = layer["size"]
+            yield {
+                "status": f"pushing {layer['digest'][7:19]}",
+                "digest": layer["digest"],
+                "total": size,
+                "completed": size,
+            }
+        yield {"status": "pushing manifest"}
+        registry.write(model.name, model.layers, model.config)
+        yield {"status": "success"}
 
     def _copy(self, body: dict[str, Any]) -> None:
         source, destination = str(body.get("source")), str(body.get("destination"))
@@ -384,104 +372,3 @@ class _Handler(BaseHTTPRequestHandler):
             )
         staging.replace(path)
         self._send(201, b"", None)
-
-    # --- answers ---
-
-    def _send_json(self, value: Any) -> None:
-        content = json.dumps(value).encode()
-        fault = self.fault
-        if fault and fault.kind == "drip":
-            self._head(200, JSON, {"content-length": str(len(content))})
-            for byte in content:
-                self.wfile.write(bytes([byte]))
-                time.sleep(fault.seconds)
-        elif fault and fault.kind in ("cut_response", "silence"):
-            self._head(200, JSON, {"content-length": str(len(content))})
-            self.wfile.write(content[: fault.after])
-            if fault.kind == "silence":
-                time.sleep(fault.seconds)
-            raise Cut
-        else:
-            self._send(200, content, JSON)
-
-    def _send_error(self, error: ApiError, content_type: str) -> None:
-        content = json.dumps({"error": error.text}).encode()
-        self._send(error.status, content, content_type)
-
-    def _send_events(self, events: Iterable[dict[str, Any]], *, is_stream: bool) -> None:
-        """NDJSON. An error before the first event has its status; a later one is an event."""
-        iterator = iter(events)
-        if not is_stream:
-            try:
-                last = [dict(event) for event in iterator][-1]
-            except ApiError as error:
-                self._send_error(error, STREAM_ERROR)
-            else:
-                self._send(200, json.dumps(last).encode(), STREAM_ERROR)
-            return
-        try:
-            first = next(iterator)
-        except ApiError as error:
-            self._send_error(error, STREAM_ERROR)
-            return
-        self._head(200, NDJSON, {"transfer-encoding": "chunked"})
-        for index, event in enumerate(self._with_errors(first, iterator)):
-            if self._ends_at(index):
-                return
-            self._chunk(json.dumps(event).encode() + b"\n")
-        self._chunk(b"")
-
-    def _ends_at(self, index: int) -> bool:
-        """Apply a fault that concerns the stream; True where the stream is over."""
-        fault = self.fault
-        if fault is None or index < fault.after:
-            return False
-        if fault.kind == "cut_response":
-            raise Cut
-        if fault.kind == "silence":
-            time.sleep(fault.seconds)
-            raise Cut
-        if fault.kind == "error_event":
-            self._chunk(json.dumps({"error": fault.body}).encode() + b"\n")
-        if fault.kind in ("error_event", "end_early"):
-            self._chunk(b"")
-            return True
-        return False
-
-    def _with_errors(
-        self, first: dict[str, Any], rest: Iterator[dict[str, Any]]
-    ) -> Iterator[dict[str, Any]]:
-        yield first
-        try:
-            yield from rest
-        except ApiError as error:
-            yield {"error": error.text}
-
-    def _chunk(self, content: bytes) -> None:
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
-        self.wfile.flush()
-
-    def _send(
-        self,
-        status: int,
-        content: bytes,
-        content_type: str | None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        self._head(status, content_type, {**(headers or {}), "content-length": str(len(content))})
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def _head(self, status: int, content_type: str | None, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
-        if content_type:
-            self.send_header("Content-Type", content_type)
-        for key, value in headers.items():
-            if key.lower() != "content-type":
-                self.send_header(key, value)
-        self.end_headers()
-
-    def _cut(self) -> None:
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import ollama
 import pytest
 
 from ollatune.base.errors import InputError, UsageError
@@ -165,6 +168,41 @@ def test_pull_with_progress(
     assert "the registry says" in str(caught.value)
 
 
+def test_push_is_to_the_name(created: OllamaClient, server: FakeOllama, tmp_path: Path) -> None:
+    server.registry = FakeStore(tmp_path / "registry")
+    seen: list[Progress] = []
+    created.copy("m", "me/m")
+    created.push("me/m", progress=seen.append)
+    assert seen[-1].status == "success"
+    assert [model.name.short for model in server.registry.models()] == ["me/m:latest"]
+    with pytest.raises(OllamaError, match="not authorized to push to this namespace"):
+        created.push("m")
+
+
+def test_the_official_client_gets_on_with_the_test_server(
+    created: OllamaClient, server: FakeOllama, tmp_path: Path
+) -> None:
+    official = ollama.Client(server.url, trust_env=False)
+    try:
+        assert [model.model for model in official.list().models] == ["m:latest"]
+        shown = official.show("m")
+        assert shown.template == TEMPLATE
+        assert shown.details is not None
+        assert shown.details.format == "gguf"
+        answer = official.chat("m", [{"role": "user", "content": "hi"}])
+        assert (answer.message.content, answer.done_reason) == ("one two", "stop")
+        streamed = official.generate("m", "hi", stream=True)
+        assert [part.response for part in streamed] == ["one", " two", ""]
+        made = official.create("n", from_="m", system="Other.", stream=True)
+        assert [event.status for event in made][-1] == "success"
+        assert official.ps().models[0].model == "m:latest"
+        official.delete("n")
+        with pytest.raises(ollama.ResponseError, match="not found"):
+            official.show("n")
+    finally:
+        official.close()
+
+
 def test_old_servers_say_what_they_lack(tmp_path: Path) -> None:
     with (
         FakeOllama(tmp_path / "models", "0.5.4") as server,
@@ -303,3 +341,12 @@ def test_a_real_server(weights: Path) -> None:
         assert not client.has("ollatune-test/absent")
         for row in client.list():
             assert client.show(row.name).name == row.name
+
+
+def test_nothing_here_imports_torch() -> None:
+    modules = "client publish pull store modelfile versions"
+    code = f"import sys; [__import__('ollatune.ollama.' + m) for m in {modules.split()!r}]"
+    result = subprocess.run(
+        [sys.executable, "-c", code + "; sys.exit('torch' in sys.modules)"], check=False
+    )
+    assert result.returncode == 0

@@ -177,6 +177,9 @@ def test_split_weights_and_projector(builder: StoreBuilder, store: LocalStore) -
     assert [path.read_bytes() for path in model.gguf_paths] == [b"GGUF 1", b"GGUF 2"]
     assert [path.read_bytes() for path in model.projector_paths] == [b"GGUF p"]
     model.verify()
+    with pytest.raises(InputError, match="The weights of split:latest are split over 2 blobs"):
+        model.require_gguf()
+    assert model.require_gguf(allow_split=True) == model.gguf_paths[0]
 
 
 def test_config_fields(builder: StoreBuilder, store: LocalStore) -> None:

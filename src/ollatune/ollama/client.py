@@ -166,6 +166,16 @@ class OllamaClient:
         )  # fmt: skip
         self._until_success(call, progress, attempts=1)
 
+    def push(
+        self, name: str, *, progress: ProgressCallback | None = None, insecure: bool = False
+    ) -> None:
+        """Upload a model to the registry in its name; only where the user asked for just that."""
+        body = {"model": _sent(name), "stream": True, "insecure": insecure}
+        call = Call("POST", "/api/push", f"push `{name}`", body=body, is_work=True)
+        self._until_success(
+            call, progress, attempts=1 + len(self.session.limits.retry_waits_seconds)
+        )
+
     def copy(self, source: str, destination: str) -> None:
         """Give a model a second name, replacing what had it. Raises ModelMissing."""
         body = {"source": _sent(source), "destination": _sent(destination)}
