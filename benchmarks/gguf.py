@@ -1,0 +1,61 @@
+"""Reading, decoding and encoding GGUF beside the reference implementations.
+
+    python benchmarks/gguf.py --json
+
+prints one JSON object: `header_ratio`, `decode_ratio` by type (reference time over ours, so larger is better),
+`encode_time_ratio` (llama.cpp's time over ours) and `encode_rmse_ratio` (our error over llama.cpp's) by type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+# This file has the name of the reference package, which must not be looked for here.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+from benchmarks.gguf_codecs import (  # noqa: E402
+    DECODED_TYPES,
+    ENCODED_TYPES,
+    ROUNDS,
+    measure_decoding,
+    measure_encoding,
+)
+from benchmarks.gguf_header import measure_header  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="rounds that count (%(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
+    parser.add_argument("--types", nargs="*", help="only these tensor types")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    decoded = [name for name in DECODED_TYPES if name in (arguments.types or DECODED_TYPES)]
+    encoded = [name for name in ENCODED_TYPES if name in (arguments.types or ENCODED_TYPES)]
+    result: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        **measure_header(),
+        **measure_decoding(decoded, rounds=arguments.rounds),
+        **measure_encoding(encoded, rounds=arguments.rounds),
+    }
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        print(f"{key}: {json.dumps(value)}")
+
+
+if __name__ == "__main__":
+    main()
