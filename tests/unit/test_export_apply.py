@@ -153,6 +153,8 @@ def test_a_mix_stores_untouched_tensors_anew(tmp_path: Path) -> None:
         result = apply_export(plan, tmp_path / "model.gguf")
         with GGUFFile.open(result.path) as written:
             assert written.metadata["general.file_type"] == 15
+            stored_bytes = sum(info.size_bytes for info in written.tensors.values())
+            assert plan.size_bytes == stored_bytes < plan.size_bytes_before / 2
             for tensor in result.tensors:
                 expected = reference_weights(base, tensor.name)
                 if tensor.name == update.name:
@@ -163,7 +165,6 @@ def test_a_mix_stores_untouched_tensors_anew(tmp_path: Path) -> None:
                 assert relative <= limit, tensor.name
     actions = [tensor.planned.action for tensor in result.tensors]
     assert [actions.count(kind) for kind in ("copy", "requantize", "update")] == [1, 17, 1]
-    assert plan.size_bytes < plan.size_bytes_before / 3
 
 
 def test_an_update_of_zeros_has_no_recovery(base: GGUFFile, tmp_path: Path) -> None:
