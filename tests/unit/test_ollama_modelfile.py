@@ -126,11 +126,11 @@ PIECES = (
 def test_parses_as_the_original_does() -> None:
     generator = random.Random(3)
     num_accepted = 0
-    for _ in range(4000):
+    for _ in range(2000):
         text = "".join(generator.choices(PIECES, k=generator.randrange(10)))
         text = generator.choice(("", "FROM m\n", "FROM m\n")) + text
         num_accepted += compare_with_reference(text)
-    assert num_accepted > 700
+    assert num_accepted > 350
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ COMMANDS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.lists(COMMANDS, max_size=4))
 def test_what_is_written_reads_back_as_it_was(commands: list[Command]) -> None:
     modelfile = Modelfile((Command("from", "base"), *commands))
@@ -424,7 +424,7 @@ def test_first_source_of_nothing() -> None:
 def test_mutants_give_only_our_error() -> None:
     generator = random.Random(5)
     original = SPECIFICATION_EXAMPLE.encode()
-    for _ in range(2000):
+    for _ in range(500):
         content = bytearray(original)
         for _ in range(generator.randrange(1, 6)):
             content[generator.randrange(len(content))] = generator.choice(

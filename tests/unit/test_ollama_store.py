@@ -299,7 +299,7 @@ def test_mutated_manifests_give_only_our_errors(builder: StoreBuilder, store: Lo
     original = path.read_bytes()
     generator = random.Random(1)
     num_refused = 0
-    for _ in range(300):
+    for _ in range(150):
         content = bytearray(original)
         for _ in range(generator.randrange(1, 4)):
             content[generator.randrange(len(content))] = generator.randrange(256)
@@ -312,7 +312,7 @@ def test_mutated_manifests_give_only_our_errors(builder: StoreBuilder, store: Lo
                 model.require_gguf()
         except OllatuneError:
             num_refused += 1
-    assert num_refused > 200
+    assert num_refused > 100
 
 
 def test_a_large_text_layer_is_refused(
