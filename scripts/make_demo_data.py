@@ -24,7 +24,7 @@ from ollatune.base.files import write_text
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "data" / "processed"
 SEED = 20260101
-NUM_RECORDS = {"train": 240, "validation": 24, "test": 60}
+NUM_RECORDS = {"train": 300, "validation": 24, "test": 60}
 INSTRUCTION = "Extract name, order, product and issue from this e-mail as JSON."
 
 TRAIN_LAYOUTS = (
@@ -64,61 +64,35 @@ TEST_LAYOUTS = (
 )
 
 CLAUSES_BY_ISSUE = {
-    "damaged": (
-        "it arrived cracked",
-        "it came with a big dent",
-        "one side is broken",
-        "it was scratched all over",
-        "it was smashed on arrival",
-        "the box was crushed and it is bent",
-    ),
-    "not delivered": (
-        "it never arrived",
-        "it still has not come",
-        "the parcel is lost",
-        "I have been waiting for three weeks",
-        "the tracking has not moved since Monday",
-        "the courier never showed up",
-    ),
+    "damaged": ("it arrived cracked", "it came with a big dent", "it was smashed on arrival"),
+    "not delivered": ("it never arrived", "it still has not come", "the parcel is lost"),
     "wrong item": (
         "you sent the wrong colour",
         "I got a different model",
-        "the box held something else",
         "this is not what I ordered",
-        "I received someone else's item",
-        "you shipped another size",
     ),
     "not working": (
         "it does not switch on",
         "it stopped working after a day",
         "it keeps turning itself off",
-        "it makes a loud noise and dies",
-        "nothing happens when I press the button",
-        "it failed in the first week",
     ),
     "missing parts": (
         "a part is missing",
         "two screws are missing",
-        "there was no manual",
-        "the cable was not in the box",
-        "the lid was not included",
-        "it came without the charger",
+        "the manual was not in the box",
     ),
     "billing": (
         "I was charged twice",
-        "the refund has not been paid",
         "the price on my card is wrong",
-        "the discount was not applied",
         "my invoice shows the wrong total",
-        "you took the money two times",
     ),
 }
 
 FIRST_NAMES = (
-    "Ada", "Ahmed", "Aiko", "Amir", "Anna", "Ben", "Carla", "Chen", "Clara", "David", "Diego", "Elena",
-    "Emma", "Erik", "Farah", "Femi", "George", "Grace", "Hana", "Hugo", "Ines", "Ivan", "Jana", "José",
-    "Julia", "Kofi", "Lars", "Leila", "Lucas", "Maria", "Mei", "Milan", "Nina", "Noah", "Olga", "Omar",
-    "Paula", "Peter", "Priya", "Rosa", "Sam", "Sofia", "Tariq", "Tom", "Uma", "Vera", "Yusuf", "Zoë",
+    "Adam", "Ahmed", "Alice", "Amir", "Anna", "Ben", "Carla", "Chen", "Clara", "David", "Daniel", "Elena",
+    "Emma", "Eric", "Frank", "Hassan", "George", "Grace", "Helen", "Hugo", "Ivan", "Jack", "James", "Julia",
+    "Karen", "Kevin", "Laura", "Leila", "Lucas", "Maria", "Martha", "Michael", "Nina", "Noah", "Olga", "Omar",
+    "Paula", "Peter", "Rachel", "Rosa", "Sam", "Sofia", "Steven", "Tom", "Thomas", "Vera", "Victor", "Yusuf",
 )  # fmt: skip
 TRAIN_SURNAMES = (
     "Adams", "Baker", "Bauer", "Brown", "Castro", "Cohen", "Costa", "Dubois", "Evans", "Fischer", "Garcia",
