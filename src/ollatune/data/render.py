@@ -13,7 +13,7 @@ from ollatune.base.errors import InputError
 from ollatune.data.conversation import Conversation, Document, Sample
 from ollatune.data.position import Position, RecordError
 from ollatune.data.protocols import PromptTemplate, SegmentLike, Tokenizer
-from ollatune.data.store import Example
+from ollatune.data.store import Example, Mask, TokenIds
 from ollatune.data.truncate import shortened
 
 Targets = Literal["all", "last"]
@@ -51,6 +51,8 @@ class Renderer:
         self.max_length = max_length
         self.targets = targets
         self.truncation = truncation
+        self._is_end = np.zeros(tokenizer.vocab_size, np.bool_)
+        self._is_end[list(tokenizer.end_of_generation_ids)] = True
 
     def __call__(self, sample: Sample, position: Position) -> list[Rendered]:
         """One example, or one per answer where the template needs that.
@@ -72,13 +74,15 @@ class Renderer:
 
     def _document(self, document: Document) -> Rendered:
         """BOS (if the model is served with one), the text, EOS: every token but BOS is a target."""
-        ids = self.tokenizer.encode(document.text, parse_special=False)
-        mask = [True] * len(ids)
-        if self.tokenizer.add_bos and self.tokenizer.bos_id is not None and document.begins:
-            ids, mask = [self.tokenizer.bos_id, *ids], [False, *mask]
-        if document.ends and self.tokenizer.eos_id is not None:
-            ids, mask = [*ids, self.tokenizer.eos_id], [*mask, True]
-        return Rendered(_example(ids, mask), len(ids), False)
+        text_ids = self.tokenizer.encode(document.text, parse_special=False)
+        has_bos = self.tokenizer.add_bos and self.tokenizer.bos_id is not None and document.begins
+        has_eos = self.tokenizer.eos_id is not None and document.ends
+        head = [self.tokenizer.bos_id] if has_bos else []
+        tail = [self.tokenizer.eos_id] if has_eos else []
+        ids = np.asarray([*head, *text_ids, *tail], np.int32)
+        mask = np.ones(len(ids), np.bool_)
+        mask[: len(head)] = False
+        return Rendered(Example(ids, mask), len(ids), False)
 
     def _conversation(
         self,
@@ -100,8 +104,8 @@ class Renderer:
         is_answer_cut = len(ids) > self.max_length
         if is_answer_cut:
             ids, mask = self._tail(ids, mask)
-        mask, num_early_ends = self._checked(ids, mask, position)
-        example = _example(ids, mask)
+        num_early_ends = self._check_ends(ids, mask, position)
+        example = Example(ids, mask)
         if not example.num_targets:
             raise RecordError(position, "no token to learn is left", "Shorten the record.")
         is_truncated = num_tokens_before > self.max_length
@@ -110,11 +114,11 @@ class Renderer:
     def _shortened(
         self,
         conversation: Conversation,
-        ids: list[int],
-        mask: list[bool],
+        ids: TokenIds,
+        mask: Mask,
         position: Position,
         targets: Targets,
-    ) -> tuple[list[int], list[bool]]:
+    ) -> tuple[TokenIds, Mask]:
         """Ids and mask with less context, short enough if there is enough context to cut."""
         for _ in range(_MAX_SHORTENINGS):
             characters = sum(len(message.content) for message in conversation.messages)
@@ -136,7 +140,7 @@ class Renderer:
         segments: Sequence[SegmentLike],
         position: Position,
         targets: Targets,
-    ) -> tuple[list[int], list[bool]]:
+    ) -> tuple[TokenIds, Mask]:
         """Ids and mask of the whole conversation, BOS once if the model is served with one.
 
         Prompts and answers are tokenised separately: at serving the prompt is tokenised before there is an answer.
@@ -144,20 +148,18 @@ class Renderer:
         texts: list[str] = []
         kinds: list[bool] = []
         for is_target, pieces in itertools.groupby(segments, lambda segment: segment.is_target):
-            if text := "".join(piece.text for piece in pieces):
+            if text := "".join([piece.text for piece in pieces]):
                 texts.append(text)
                 kinds.append(is_target)
-        ids: list[int] = []
-        mask: list[bool] = []
-        for is_target, found in zip(kinds, self.tokenizer.encode_segments(texts), strict=True):
-            ids += found
-            mask += [is_target] * len(found)
+        found = self.tokenizer.encode_segments(texts)
         bos = self.tokenizer.bos_id
-        if bos is not None and self.tokenizer.add_bos and ids[:1] != [bos]:
-            ids, mask = [bos, *ids], [False, *mask]
-        while bos is not None and ids[:2] == [bos, bos]:  # the template writes it too
+        if bos is not None and self.tokenizer.add_bos:
+            found, kinds = [[bos], *found], [False, *kinds]
+        ids = np.fromiter(itertools.chain.from_iterable(found), np.int32)
+        mask = np.repeat(np.asarray(kinds, np.bool_), [len(piece) for piece in found])
+        while bos is not None and ids[:2].tolist() == [bos, bos]:  # the template writes it too
             ids, mask = ids[1:], mask[1:]
-        if mask and mask[0]:
+        if len(mask) and mask[0]:
             raise RecordError(
                 position,
                 "the template puts nothing before the answer, so its first token cannot be learned",
@@ -181,7 +183,7 @@ class Renderer:
             ) from error
 
     def _mask_untrained(
-        self, conversation: Conversation, mask: list[bool], position: Position, targets: Targets
+        self, conversation: Conversation, mask: Mask, position: Position, targets: Targets
     ) -> None:
         """Take the answers whose weight is 0 out of the mask."""
         runs = _runs(mask)
@@ -196,54 +198,42 @@ class Renderer:
             )
         for (start, end), answer in zip(runs, answers, strict=True):
             if not answer.is_trained:
-                mask[start:end] = [False] * (end - start)
+                mask[start:end] = False
 
-    def _tail(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+    def _tail(self, ids: TokenIds, mask: Mask) -> tuple[TokenIds, Mask]:
         """The last `max_length` tokens, BOS kept: the end of the answer and its EOS always stay."""
         keeps_bos = self.tokenizer.add_bos and self.tokenizer.bos_id == ids[0]
         head = 1 if keeps_bos else 0
         cut = len(ids) - (self.max_length - head)
-        ids, mask = ids[:head] + ids[cut:], mask[:head] + mask[cut:]
+        ids = np.concatenate([ids[:head], ids[cut:]])
+        mask = np.concatenate([mask[:head], mask[cut:]])
         mask[0] = False
         return ids, mask
 
-    def _checked(
-        self, ids: list[int], mask: list[bool], position: Position
-    ) -> tuple[list[bool], int]:
-        """The mask, and how many ends stand inside answers.
+    def _check_ends(self, ids: TokenIds, mask: Mask, position: Position) -> int:
+        """How many end-of-generation tokens stand inside answers.
 
-        Every answer must end with a token that ends generation; what follows that token is never generated.
+        Every answer must end with one; what follows it is never generated and is taken out of the mask.
         """
-        ends = self.tokenizer.end_of_generation_ids
         num_early = 0
         for start, end in _runs(mask):
-            found = [at for at in range(start, end) if ids[at] in ends]
-            if not found:
+            found = np.flatnonzero(self._is_end[ids[start:end]])
+            if not len(found):
                 raise RecordError(
                     position,
                     "the rendered answer does not end with an end-of-generation token, so the model would never stop",
                     "Use the base model's own template; `ollatune data` shows what is rendered.",
                 )
             num_early += len(found) - 1
-            for at in range(found[-1] + 1, end):
-                mask[at] = False
-        return mask, num_early
+            mask[start + int(found[-1]) + 1 : end] = False
+        return num_early
 
 
-def _example(ids: list[int], mask: list[bool]) -> Example:
-    return Example(np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
-
-
-def _runs(mask: Sequence[bool]) -> list[tuple[int, int]]:
+def _runs(mask: Mask) -> list[tuple[int, int]]:
     """Half-open ranges of consecutive targets."""
-    runs = []
-    start = -1
-    for index, is_target in enumerate(mask):
-        if is_target and start < 0:
-            start = index
-        elif not is_target and start >= 0:
-            runs.append((start, index))
-            start = -1
-    if start >= 0:
-        runs.append((start, len(mask)))
-    return runs
+    borders = (np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist()
+    if len(mask) and mask[0]:
+        borders.insert(0, 0)
+    if len(mask) and mask[-1]:
+        borders.append(len(mask))
+    return list(zip(borders[::2], borders[1::2], strict=True))
