@@ -177,6 +177,10 @@ def create_modelfile(
     system: Annotated[
         str | None, typer.Option("--system", help="SYSTEM message of the exported model.")
     ] = None,
+    accept_recovery: Annotated[
+        bool | None,
+        typer.Option("--accept-recovery", help="Write tensors whose update does not survive."),
+    ] = None,
     create: Annotated[
         str | None,
         typer.Option("--create", help="Also create this model in Ollama, and verify it."),
@@ -198,7 +202,11 @@ def create_modelfile(
     from ollatune.commands.create_modelfile import ExportOptions, run_create_modelfile
 
     configure_logging(level=logging.DEBUG if verbose else logging.INFO)
-    flags = _flags(export__tensor_type=tensor_type, export__system=system)
+    flags = _flags(
+        export__tensor_type=tensor_type,
+        export__system=system,
+        export__accept_recovery=accept_recovery,
+    )
     result = run_create_modelfile(
         ExportOptions(
             checkpoint,
@@ -238,7 +246,7 @@ def _root(
 
 def _with_dashes(arguments: list[str]) -> list[str]:
     """`--learning_rate` means `--learning-rate`; values, and what follows `--`, stay as they are."""
-    result = []
+    result: list[str] = []
     for index, argument in enumerate(arguments):
         if argument == "--":
             return result + arguments[index:]
@@ -269,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _usage_error(error: Exception) -> int:
-    """Typer's own errors (unknown option, missing value) in our form; anything else is a bug and keeps its traceback."""
+    """Typer's own errors (unknown option, missing value) in our form; anything else is a bug: its traceback stays."""
     show = getattr(error, "format_message", None)
     if show is None:
         if type(error).__name__ == "Abort":

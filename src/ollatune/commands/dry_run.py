@@ -1,4 +1,4 @@
-"""`ollatune train --dry-run`: resolved configuration, data counts, parameters, memory and disk, and what would be written."""
+"""`ollatune train --dry-run`: configuration, data counts, parameters, memory and disk, what would be written."""
 
 from __future__ import annotations
 

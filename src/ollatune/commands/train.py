@@ -154,7 +154,11 @@ def _metrics(config: Config) -> dict[str, Any]:
         return {}
     from ollatune.evaluation.metrics import find_metric
 
-    return {name: find_metric(name) for name in config.validation.metrics}
+    def one_answer(name: str) -> Any:
+        metric = find_metric(name)
+        return lambda answer, expected: metric.value(metric.rows([answer], [expected]))
+
+    return {name: one_answer(name) for name in config.validation.metrics}
 
 
 def _find_remote(config: Config) -> Any:

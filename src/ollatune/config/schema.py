@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 TensorType = Literal[
-    "q8_0", "q6_K", "q5_K", "q4_K", "f16", "bf16", "f32", "q4_K_M", "q4_K_S", "q5_K_M"
+    "auto", "q8_0", "q6_K", "q5_K", "q4_K", "f16", "bf16", "f32", "q4_K_M", "q4_K_S", "q5_K_M"
 ]
 
 

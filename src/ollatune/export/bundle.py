@@ -27,6 +27,7 @@ from ollatune.modeling.architectures.updates import (
 )
 from ollatune.modeling.lora import LoRASettings
 from ollatune.modeling.opened import OpenBase
+from ollatune.modeling.trained import lora_settings
 from ollatune.ollama.modelfile import Modelfile
 from ollatune.ollama.parameters import checked_parameters
 from ollatune.templates.precedence import prefers_jinja
@@ -35,15 +36,6 @@ from ollatune.templates.to_go import GoConversion, to_go_template
 MODEL_NAME = "model.gguf"
 MODELFILE_NAME = "Modelfile"
 _JINJA_KEY = "tokenizer.chat_template"
-
-
-def lora_settings(config: Config) -> LoRASettings:
-    """The adapter's settings of a run's configuration."""
-    advanced = config.advanced
-    return LoRASettings(
-        advanced.lora_rank, advanced.lora_alpha, advanced.lora_dropout,
-        use_rslora=advanced.use_rslora, use_dora=advanced.use_dora,
-    )  # fmt: skip
 
 
 def lora_factors(state: Mapping[str, Tensor], settings: LoRASettings) -> dict[str, LoraFactors]:

@@ -52,7 +52,7 @@ def describe(
         "size_bytes": file.size_bytes,
         "num_weights": num_weights,
         "bits_per_weight": 8 * tensor_bytes / num_weights if num_weights else None,
-        "file_type": _file_type(metadata.get("general.file_type")),
+        "file_type": file_type_name(metadata.get("general.file_type")),
         "types": _types_by_share(file),
         "context_length": _number(metadata.get(f"{architecture}.context_length")),
         "num_layers": _number(metadata.get(f"{architecture}.block_count")),
@@ -103,7 +103,7 @@ def _number(value: object) -> int | list[Any] | None:
     return value if is_number else None  # type: ignore[return-value]
 
 
-def _file_type(number: object) -> str | None:
+def file_type_name(number: object) -> str | None:
     if not isinstance(number, int):
         return None
     return FILE_TYPES.get(number, f"unknown ({number})")

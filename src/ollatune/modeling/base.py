@@ -16,6 +16,7 @@ from ollatune.base.files import sha256_file
 from ollatune.base.log import get_logger
 from ollatune.catalog import load_catalog
 from ollatune.gguf.reader import GGUFFile
+from ollatune.gguf.split import open_gguf
 from ollatune.modeling.embedded import (
     DEFAULT_EMBEDDED,
     EMBEDDED_PREFIX,
@@ -60,7 +61,7 @@ class BaseSource:
 
     def open(self) -> GGUFFile:
         """The GGUF file; close it after use."""
-        return GGUFFile.open(self.path)
+        return open_gguf(self.path)
 
 
 def resolve_base(
@@ -118,7 +119,7 @@ def _from_file(path: Path) -> BaseSource:
             f"--model {path}: there is {kind}.",
             hint=f"Pass the path of a .gguf file, an Ollama name, or {DEFAULT_EMBEDDED}.",
         )
-    with GGUFFile.open(path):  # damaged files are named before anything is hashed
+    with open_gguf(path):  # damaged files are named before anything is hashed
         pass
     try:
         digest = sha256_file(path)

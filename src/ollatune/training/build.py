@@ -21,12 +21,12 @@ from ollatune.data.loader import BatchLoader, LoaderSettings, evaluation_batches
 from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.load import load_base_model
 from ollatune.modeling.lora import (
-    LoRASettings,
     count_parameters,
     inject_lora,
     trainable_parameters,
 )
 from ollatune.modeling.opened import OpenBase
+from ollatune.modeling.trained import lora_settings
 from ollatune.templates.messages import Message
 from ollatune.training.distributed import Processes
 from ollatune.training.environment import DTYPES
@@ -97,19 +97,7 @@ def build_model(
         serving_context=context_window(config, base),
     )  # fmt: skip
     if settings.lora_enabled:
-        inject_lora(
-            model,
-            LoRASettings(
-                rank=settings.lora_rank,
-                alpha=settings.lora_alpha,
-                dropout=settings.lora_dropout,
-                target_modules=settings.lora_target_modules,
-                layers=settings.lora_layers,
-                use_rslora=settings.use_rslora,
-                use_dora=settings.use_dora,
-            ),
-            seed=config.training.seed,
-        )
+        inject_lora(model, lora_settings(config), seed=config.training.seed)
     else:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -220,10 +208,17 @@ def build_run(
     )
     loader = make_loader(config, splits, processes)
     num_steps = total_steps(config, loader)
+    training = config.training
+    step_function = CausalStep(
+        model,
+        label_smoothing=training.label_smoothing,
+        use_fast_path=training.fast_path,
+        recompute=training.activation_checkpointing,
+    )
     return TrainingRun(
         config=config,
         model=model,
-        step_function=CausalStep(model, label_smoothing=config.training.label_smoothing),
+        step_function=step_function,
         parameters=[parameter for _, parameter in parameters],
         optimizer=build_optimizer(parameters, config.training),
         schedule=make_schedule(config, num_steps),

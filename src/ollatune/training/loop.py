@@ -39,12 +39,16 @@ MAX_ROLLBACKS = 3
 
 @dataclass
 class StepReport:
-    """What one optimiser step did; losses are means per target token."""
+    """What one optimiser step did; losses are means per target token.
+
+    `num_tokens` of the examples were trained on; with shared beginnings fewer, `num_computed`, were computed.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     num_tokens: int
+    num_computed: int
     num_targets: int
     seconds: float
 
@@ -81,6 +85,10 @@ class TrainingRun:
     processes: Processes
     device: torch.device
     total_steps: int
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return self.config.advanced.share_prefixes and self.step_function.can_share
 
     def run(self) -> None:
         """Train to the end. Raises Interrupted, DivergedError or OutOfMemoryError; state is saved where it can be."""
@@ -183,14 +191,15 @@ class TrainingRun:
         state, num_targets = self.state, max(1, step.num_target_tokens)
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        num_tokens = 0
+        num_tokens = num_computed = 0
         for batch in step.micro_batches(state.split):
-            row = row_of(batch).to(self.device)
+            row = row_of(batch, share=self.shares_prefixes).to(self.device)
             fault_point("train.micro_batch")
             loss = self.step_function.loss_sum(row)
             (loss / num_targets).backward()
             loss_sum += loss.detach()
-            num_tokens += row.num_tokens
+            num_tokens += row.num_tokens_unshared
+            num_computed += row.num_tokens
         self.processes.sum_gradients(self.parameters)
         mean_loss = float(self.processes.sum_tensor(loss_sum)) / num_targets
         grad_norm = float(self._clip())
@@ -201,13 +210,15 @@ class TrainingRun:
         rate = self.schedule.at(state.step) * state.learning_rate_factor
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
-        num_tokens = self.processes.sum(num_tokens)
+        num_tokens, num_computed = self.processes.sum(num_tokens), self.processes.sum(num_computed)
         state.tokens += num_tokens
         state.targets += num_targets
         state.epoch_loss_sum += mean_loss * num_targets
         state.epoch_targets += num_targets
         seconds = time.perf_counter() - started
-        return StepReport(mean_loss, grad_norm, rate, num_tokens, num_targets, seconds)
+        return StepReport(
+            mean_loss, grad_norm, rate, num_tokens, num_computed, num_targets, seconds
+        )
 
     def _clip(self) -> torch.Tensor:
         limit = self.config.training.max_grad_norm or math.inf

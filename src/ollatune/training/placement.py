@@ -11,6 +11,7 @@ from ollatune.base.errors import UsageError
 from ollatune.base.log import get_logger
 from ollatune.base.text import format_bytes
 from ollatune.config.schema import Config
+from ollatune.gguf.inspect import file_type_name
 from ollatune.modeling.opened import OpenBase
 
 _DENSE_SHARE = 0.5
@@ -57,14 +58,12 @@ def choose_mode(config: Config, base: OpenBase, dtype: str, device: torch.device
 
 
 def _served_in(setting: str, base: OpenBase) -> str:
-    from ollatune.gguf.inspect import describe
-
-    found = str(describe(base.gguf)["file_type"])
     if not setting.startswith(("q", "iq", "f16", "f32", "bf16")):
         raise UsageError(
             f"model.quantization: `{setting}` is not known.",
             hint="Use auto, as-served, none, nf4, or a GGUF type such as q4_K_M.",
         )
+    found = file_type_name(base.gguf.metadata.get("general.file_type")) or "an unknown type"
     if setting != found.lower():
         get_logger("training").info(
             "model.quantization is %s; %s is served in %s and trained as it is.",

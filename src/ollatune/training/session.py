@@ -20,9 +20,9 @@ from ollatune.config.load import dump_config
 from ollatune.config.schema import Config
 from ollatune.data.load import DatasetSplits
 from ollatune.modeling.base import BaseSource, FindRemote, check_family, resolve_base
-from ollatune.modeling.lora import LoRASettings
 from ollatune.modeling.opened import open_base
 from ollatune.modeling.peft_format import save_adapter
+from ollatune.modeling.trained import lora_settings
 from ollatune.training.build import (
     Placement,
     build_run,
@@ -268,6 +268,7 @@ class Session:
                     "grad_norm": report.grad_norm,
                     "learning_rate": report.learning_rate,
                     "num_tokens": report.num_tokens,
+                    "num_computed": report.num_computed,
                     "num_targets": report.num_targets,
                     "tokens_per_second": round(report.num_tokens / report.seconds, 2),
                     "seconds": round(report.seconds, 4),
@@ -315,18 +316,11 @@ class Session:
     def _finish(self, run: TrainingRun) -> dict[str, Any]:
         """The adapter of the best model in PEFT's format, and the run's last word."""
         best = read_checkpoint(self.folder.best_path)
-        settings = self.config.advanced
-        if settings.lora_enabled:
+        if self.config.advanced.lora_enabled:
             save_adapter(
                 self.folder.path,
                 best.model_state_dict,
-                LoRASettings(
-                    settings.lora_rank,
-                    settings.lora_alpha,
-                    settings.lora_dropout,
-                    use_rslora=settings.use_rslora,
-                    use_dora=settings.use_dora,
-                ),
+                lora_settings(self.config),
                 base_name=self.identity.base["name"],
             )
         seconds = time.perf_counter() - self.training_started

@@ -1,7 +1,8 @@
 """One packed micro-batch through the model to its loss: the step that training, validation and probing share.
 
 A row is T tokens of one or more examples end to end, each without its last token (nothing is predicted from it).
-`target_positions_N` are the row positions from which `target_ids_N` are predicted.
+`target_positions_N` are the row positions from which `target_ids_N` are predicted. With shared beginnings (see
+`segments.py`) a position may stand in `target_positions_N` more than once.
 """
 
 from __future__ import annotations
@@ -15,18 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from ollatune.modeling.fast.attention import register_attention
+from ollatune.modeling.fast.decoder import FastDecoder, is_supported
 from ollatune.modeling.fast.loss import HeadSettings, head_evaluate, head_loss_sum
+from ollatune.modeling.fast.segments import Segment
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Tensors of one micro-batch (see the module's docstring). `segment_lengths` sum to T."""
+    """Tensors of one micro-batch (see the module's docstring). `segments` cover the T tokens.
+
+    `num_tokens_unshared` is what T would be without shared beginnings.
+    """
 
     input_ids_T: Tensor
     position_ids_T: Tensor
-    segment_lengths: list[int]
+    segments: list[Segment]
     target_positions_N: Tensor
     target_ids_N: Tensor
+    num_tokens_unshared: int
 
     @property
     def num_tokens(self) -> int:
@@ -40,9 +47,10 @@ class PackedRow:
         return PackedRow(
             self.input_ids_T.to(device),
             self.position_ids_T.to(device),
-            self.segment_lengths,
+            self.segments,
             self.target_positions_N.to(device),
             self.target_ids_N.to(device),
+            self.num_tokens_unshared,
         )
 
 
@@ -52,10 +60,22 @@ class CausalStep:
     Args:
         model: its attention is switched to the packed one.
         label_smoothing: used by `loss_sum` only.
+        use_fast_path: the fused forward pass where it is exact, else (or if False) Transformers' own.
+        recompute: activation checkpointing of the fused forward pass.
     """
 
-    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        label_smoothing: float = 0.0,
+        use_fast_path: bool = True,
+        recompute: bool = False,
+    ) -> None:
         self.model = model
+        self.fast: FastDecoder | None = None
+        if use_fast_path and is_supported(model):
+            self.fast = FastDecoder(model, recompute=recompute)
         config = cast(Any, model).config
         config._attn_implementation = register_attention()
         self.backbone: nn.Module = cast(Any, model).model
@@ -63,12 +83,22 @@ class CausalStep:
         softcap = getattr(config, "final_logit_softcapping", None)
         self.settings = HeadSettings(softcap, label_smoothing)
 
+    @property
+    def can_share(self) -> bool:
+        """Whether rows may hold shared beginnings: only the fused forward pass can compute them."""
+        return self.fast is not None
+
     def hidden(self, row: PackedRow) -> Tensor:
         """Final hidden states at the target positions: [N, D]."""
+        if self.fast is not None:
+            return self.fast.hidden(
+                row.input_ids_T, row.position_ids_T, row.segments, row.target_positions_N
+            )
+        assert not any(segment.ancestors for segment in row.segments), "needs the fused path"
         output = self.backbone(
             input_ids=row.input_ids_T[None],
             position_ids=row.position_ids_T[None],
-            segment_lengths=row.segment_lengths,
+            segment_lengths=[segment.length for segment in row.segments],
             use_cache=False,
         )
         hidden_TD = cast(Tensor, output[0])[0]
@@ -88,10 +118,9 @@ class CausalStep:
         """log p of every next token after every position: [T, V] in fp32, softcap applied."""
         device = next(self.model.parameters()).device
         ids_T = torch.tensor(token_ids, device=device)
-        row = PackedRow(
-            ids_T, torch.arange(len(token_ids), device=device), [len(token_ids)],
-            torch.arange(len(token_ids), device=device), ids_T,
-        )  # fmt: skip
+        positions_T = torch.arange(len(token_ids), device=device)
+        segments = [Segment(0, len(token_ids))]
+        row = PackedRow(ids_T, positions_T, segments, positions_T, ids_T, len(token_ids))
         logits_TV = cast(Tensor, self.head(self.hidden(row))).float()
         if self.settings.softcap is not None:
             logits_TV = torch.tanh(logits_TV / self.settings.softcap) * self.settings.softcap

@@ -1,0 +1,185 @@
+"""The halves of a decoder layer as autograd functions that keep little: norm + projections, and the gated MLP.
+
+What can be computed again cheaply (the normalised input, the activated product) is; what is kept is the layer's
+input, its inverse norm, the projections' outputs where attention or the activation need them, and A x of the adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ollatune.modeling.fast.linear_group import (
+    LinearGroup,
+    dropped_input,
+    gated,
+    gated_backward,
+    group_backward,
+    group_forward,
+)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm: x / sqrt(mean(x²) + epsilon) · (weight + offset); offset is 1 for Gemma."""
+
+    weight_D: Tensor
+    epsilon: float
+    offset: float = 0.0
+
+    @property
+    def gain_D(self) -> Tensor:
+        return self.weight_D.float() + self.offset if self.offset else self.weight_D.float()
+
+
+def norm_forward(norm: Norm, inputs_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalised input and 1 / root mean square [T, 1] in fp32."""
+    values = inputs_TD.float()
+    inverse_T1 = values.square().mean(-1, keepdim=True).add_(norm.epsilon).rsqrt_()
+    return norm_apply(norm, inputs_TD, inverse_T1), inverse_T1
+
+
+def norm_apply(norm: Norm, inputs_TD: Tensor, inverse_T1: Tensor) -> Tensor:
+    return (inputs_TD.float() * inverse_T1).mul_(norm.gain_D).to(inputs_TD.dtype)
+
+
+def norm_backward(norm: Norm, gradient_TD: Tensor, inputs_TD: Tensor, inverse_T1: Tensor) -> Tensor:
+    """The gradient of `norm_forward` with respect to its input (the weight is frozen)."""
+    gained = gradient_TD.float() * norm.gain_D
+    values = inputs_TD.float()
+    mean_T1 = (gained * values).mean(-1, keepdim=True).mul_(inverse_T1.square())
+    return gained.addcmul_(values, mean_T1, value=-1).mul_(inverse_T1).to(inputs_TD.dtype)
+
+
+class _NormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, norm: Norm) -> Tensor:
+        output, inverse = norm_forward(norm, inputs)
+        ctx.save_for_backward(inputs, inverse)
+        ctx.norm = norm
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        inputs, inverse = ctx.saved_tensors
+        return norm_backward(ctx.norm, gradient, inputs, inverse), None
+
+
+def rms_norm(inputs: Tensor, norm: Norm) -> Tensor:
+    """RMSNorm over the last dimension, keeping its input only."""
+    return cast(Tensor, cast(Any, _NormFunction).apply(inputs, norm))
+
+
+class _Projections(torch.autograd.Function):
+    """Optional norm, then a group of linear layers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs_TD: Tensor, norm: Norm | None, group: LinearGroup, *_: nn.Parameter
+    ) -> tuple[Tensor, ...]:
+        if norm is None:
+            normed_TD, inverse = inputs_TD, None
+        else:
+            normed_TD, inverse = norm_forward(norm, inputs_TD)
+        lora_TD, keep = dropped_input(normed_TD, group.dropout)
+        outputs, low_Tr = group_forward(group, normed_TD, lora_TD)
+        ctx.save_for_backward(inputs_TD, inverse, low_Tr, None if keep is None else keep[0])
+        ctx.norm, ctx.group, ctx.keep_scale = norm, group, None if keep is None else keep[1]
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients_TO: Tensor) -> Any:
+        inputs_TD, inverse, low_Tr, mask = ctx.saved_tensors
+        norm: Norm | None = ctx.norm
+        normed_TD = inputs_TD if norm is None else norm_apply(norm, inputs_TD, inverse)
+        keep = None if mask is None else (mask, ctx.keep_scale)
+        lora_TD = normed_TD if keep is None else normed_TD * mask * ctx.keep_scale
+        gradient_TD, parameters = group_backward(
+            ctx.group, gradients_TO, lora_TD, low_Tr,
+            needs_input=ctx.needs_input_grad[0], keep=keep,
+        )  # fmt: skip
+        if gradient_TD is not None and norm is not None:
+            gradient_TD = norm_backward(norm, gradient_TD, inputs_TD, inverse)
+        return gradient_TD, None, None, *parameters
+
+
+def projections(inputs_TD: Tensor, norm: Norm | None, group: LinearGroup) -> tuple[Tensor, ...]:
+    """The group's outputs for the (normalised) input, one [T, O] each."""
+    result = cast(Any, _Projections).apply(inputs_TD, norm, group, *group.parameters)
+    return cast("tuple[Tensor, ...]", result)
+
+
+class _GatedMLP(torch.autograd.Function):
+    """down(activation(gate(x)) · up(x)) of the normalised input; the activated product is not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs_TD: Tensor,
+        norm: Norm,
+        gate_up: LinearGroup,
+        down: LinearGroup,
+        activation: str,
+        *_: nn.Parameter,
+    ) -> Tensor:
+        normed_TD, inverse = norm_forward(norm, inputs_TD)
+        lora_TD, keep_in = dropped_input(normed_TD, gate_up.dropout)
+        outputs, low_in = group_forward(gate_up, normed_TD, lora_TD)
+        gate_TF, up_TF = _split_gate_up(outputs)
+        product_TF = gated(gate_TF, up_TF, activation)
+        lora_TF, keep_out = dropped_input(product_TF, down.dropout)
+        (output_TD,), low_out = group_forward(down, product_TF, lora_TF)
+        ctx.save_for_backward(
+            inputs_TD, inverse, gate_TF, up_TF, low_in, low_out,
+            None if keep_in is None else keep_in[0], None if keep_out is None else keep_out[0],
+        )  # fmt: skip
+        ctx.norm, ctx.gate_up, ctx.down, ctx.activation = norm, gate_up, down, activation
+        ctx.keep_scales = [None if k is None else k[1] for k in (keep_in, keep_out)]
+        return output_TD
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TD: Tensor) -> Any:
+        inputs_TD, inverse, gate_TF, up_TF, low_in, low_out, mask_in, mask_out = ctx.saved_tensors
+        keep_out = None if mask_out is None else (mask_out, ctx.keep_scales[1])
+        product_TF = gated(gate_TF, up_TF, ctx.activation)
+        if keep_out is not None:
+            product_TF = product_TF * mask_out * keep_out[1]
+        d_product, down_parameters = group_backward(
+            ctx.down, (gradient_TD,), product_TF, low_out, needs_input=True, keep=keep_out
+        )
+        assert d_product is not None
+        d_gate, d_up = gated_backward(d_product, gate_TF, up_TF, ctx.activation)
+        normed_TD = norm_apply(ctx.norm, inputs_TD, inverse)
+        keep_in = None if mask_in is None else (mask_in, ctx.keep_scales[0])
+        lora_TD = normed_TD if keep_in is None else normed_TD * mask_in * keep_in[1]
+        gradients: tuple[Tensor, ...] = (d_gate, d_up)
+        if len(ctx.gate_up.layers) == 1:
+            gradients = (torch.cat(gradients, dim=1),)
+        d_normed, in_parameters = group_backward(
+            ctx.gate_up, gradients, lora_TD, low_in,
+            needs_input=ctx.needs_input_grad[0], keep=keep_in,
+        )  # fmt: skip
+        d_inputs = None
+        if d_normed is not None:
+            d_inputs = norm_backward(ctx.norm, d_normed, inputs_TD, inverse)
+        return d_inputs, None, None, None, None, *in_parameters, *down_parameters
+
+
+def _split_gate_up(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Phi-3 has one layer for both."""
+    if len(outputs) == 1:
+        gate, up = outputs[0].chunk(2, dim=1)
+        return gate, up
+    return outputs[0], outputs[1]
+
+
+def gated_mlp(
+    inputs_TD: Tensor, norm: Norm, gate_up: LinearGroup, down: LinearGroup, activation: str
+) -> Tensor:
+    """The MLP's output for the residual stream `inputs_TD` [T, D] (the residual itself is not added)."""
+    parameters = (*gate_up.parameters, *down.parameters)
+    result = cast(Any, _GatedMLP).apply(inputs_TD, norm, gate_up, down, activation, *parameters)
+    return cast(Tensor, result)

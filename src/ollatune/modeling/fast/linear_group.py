@@ -1,0 +1,204 @@
+"""Linear layers that read the same input - query, key, value; gate and up - computed together, forward and backward.
+
+The input is kept once for all of them, and nothing for the frozen weights. These are plain functions; the autograd
+functions around them are in `blocks.py`.
+
+Shapes: T positions, I inputs, O outputs of one layer, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_forward
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Layers with one input, in order; each a `LoRALinear` or a frozen linear layer."""
+
+    layers: tuple[nn.Module, ...]
+
+    @property
+    def adapters(self) -> list[LoRALinear]:
+        return [layer for layer in self.layers if isinstance(layer, LoRALinear)]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B of each adapter, in order: what the autograd function is given."""
+        return [p for adapter in self.adapters for p in (adapter.lora_A, adapter.lora_B)]
+
+    @property
+    def dropout(self) -> float:
+        """Dropout on the adapters' common input (0 when not training)."""
+        return max((a.dropout for a in self.adapters if a.training), default=0.0)
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    return layer.base if isinstance(layer, LoRALinear) else layer
+
+
+def fuse_weights(group: LinearGroup) -> None:
+    """Lay the group's dense weights out one after another, so that they are one matrix; no extra memory is kept."""
+    bases = [_base(layer) for layer in group.layers]
+    if len(bases) < 2 or not all(isinstance(base, nn.Linear) for base in bases):
+        return
+    linears = cast(list[nn.Linear], bases)
+    joined = torch.cat([linear.weight.data for linear in linears])
+    offset = 0
+    for linear in linears:
+        linear.weight.data = joined[offset : offset + linear.out_features]
+        offset += linear.out_features
+
+
+def _fused_weight(group: LinearGroup) -> Tensor | None:
+    """The one matrix behind the group's weights, if they lie so."""
+    bases = [_base(layer) for layer in group.layers]
+    if not all(isinstance(base, nn.Linear) for base in bases):
+        return None
+    weights = [cast(nn.Linear, base).weight for base in bases]
+    first, rows = weights[0], 0
+    for weight in weights:
+        expected = first.storage_offset() + rows * first.shape[1]
+        if (
+            weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or weight.storage_offset() != expected
+            or not weight.is_contiguous()
+        ):
+            return None
+        rows += weight.shape[0]
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
+
+
+def group_forward(
+    group: LinearGroup, inputs_TI: Tensor, lora_TI: Tensor
+) -> tuple[list[Tensor], Tensor | None]:
+    """Outputs [T, O] of each layer, and A x of all adapters side by side [T, Σr] (None without adapters).
+
+    `lora_TI` is what the adapters see: the input, dropped out or not.
+    """
+    fused = _fused_weight(group)
+    bases = [_base(layer) for layer in group.layers]
+    if fused is None:
+        outputs = [frozen_forward(base, inputs_TI) for base in bases]
+    else:
+        outputs = list(
+            torch.split(inputs_TI @ fused.T, [cast(Any, base).out_features for base in bases], 1)
+        )
+        for base, output in zip(bases, outputs, strict=True):
+            if base.bias is not None:
+                output += cast(Tensor, base.bias)
+    adapters = group.adapters
+    if not adapters:
+        return outputs, None
+    low_Tr = lora_TI @ _joined_A(adapters).to(lora_TI.dtype).T
+    offset = 0
+    for layer, output in zip(group.layers, outputs, strict=True):
+        if isinstance(layer, LoRALinear):
+            part = low_Tr[:, offset : offset + layer.rank]
+            output.addmm_(part, layer.lora_B.to(part.dtype).T, alpha=layer.scale)
+            offset += layer.rank
+    return outputs, low_Tr
+
+
+def _joined_A(adapters: Sequence[LoRALinear]) -> Tensor:
+    return adapters[0].lora_A if len(adapters) == 1 else torch.cat([a.lora_A for a in adapters])
+
+
+def group_backward(
+    group: LinearGroup,
+    gradients_TO: Sequence[Tensor],
+    lora_TI: Tensor,
+    low_Tr: Tensor | None,
+    *,
+    needs_input: bool,
+    keep: tuple[Tensor, float] | None = None,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradient of the input (if needed), and of A and B of each adapter in order.
+
+    `keep`: the dropout's mask and scale, where `lora_TI` is the dropped input.
+    """
+    adapters = group.adapters
+    parameter_gradients: list[Tensor] = []
+    low_gradient_Tr: Tensor | None = None
+    if adapters and low_Tr is not None:
+        parts, offset = [], 0
+        b_gradients = []
+        for layer, gradient_TO in zip(group.layers, gradients_TO, strict=True):
+            if not isinstance(layer, LoRALinear):
+                continue
+            low = low_Tr[:, offset : offset + layer.rank]
+            parts.append((gradient_TO @ layer.lora_B.to(gradient_TO.dtype)).mul_(layer.scale))
+            b_gradients.append((gradient_TO.T @ low).to(layer.lora_B.dtype).mul_(layer.scale))
+            offset += layer.rank
+        low_gradient_Tr = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        a_gradient = (low_gradient_Tr.T @ lora_TI).to(adapters[0].lora_A.dtype)
+        a_gradients = torch.split(a_gradient, [adapter.rank for adapter in adapters])
+        for a, b in zip(a_gradients, b_gradients, strict=True):
+            parameter_gradients += [a, b]
+    if not needs_input:
+        return None, parameter_gradients
+    gradient_TI = _frozen_gradient(group, gradients_TO)
+    if low_gradient_Tr is not None:
+        joined = _joined_A(adapters).to(low_gradient_Tr.dtype)
+        if keep is None:
+            gradient_TI.addmm_(low_gradient_Tr, joined)
+        else:
+            gradient_TI.addcmul_(
+                low_gradient_Tr @ joined, keep[0].to(gradient_TI.dtype), value=keep[1]
+            )
+    return gradient_TI, parameter_gradients
+
+
+def _frozen_gradient(group: LinearGroup, gradients_TO: Sequence[Tensor]) -> Tensor:
+    fused = _fused_weight(group)
+    if fused is not None:
+        joined_TO = (
+            gradients_TO[0] if len(gradients_TO) == 1 else torch.cat(list(gradients_TO), dim=1)
+        )
+        return joined_TO @ fused
+    total: Tensor | None = None
+    for layer, gradient_TO in zip(group.layers, gradients_TO, strict=True):
+        part = frozen_backward(_base(layer), gradient_TO)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def dropped_input(
+    inputs_TI: Tensor, probability: float
+) -> tuple[Tensor, tuple[Tensor, float] | None]:
+    """The adapters' input after dropout, with the mask (uint8-sized) and scale for the way back."""
+    if probability <= 0:
+        return inputs_TI, None
+    mask = torch.empty(inputs_TI.shape, device=inputs_TI.device).bernoulli_(1 - probability) > 0
+    scale = 1 / (1 - probability)
+    return inputs_TI * mask * scale, (mask, scale)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) · up; `activation` is `silu` or `gelu_tanh`."""
+    if activation == "silu":
+        return functional.silu(gate).mul_(up)
+    return functional.gelu(gate, approximate="tanh").mul_(up)
+
+
+def gated_backward(
+    gradient: Tensor, gate: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `gated` with respect to gate and up."""
+    if activation == "silu":
+        activated = functional.silu(gate)
+        d_up = gradient * activated
+        d_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+    else:
+        activated = functional.gelu(gate, approximate="tanh")
+        d_up = gradient * activated
+        d_gate = torch.ops.aten.gelu_backward(gradient * up, gate, approximate="tanh")
+    return d_gate, d_up
