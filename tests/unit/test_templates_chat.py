@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import subprocess
 from typing import Any
 
@@ -158,6 +159,112 @@ def test_tool_calls_are_targets() -> None:
         ("<|tool|>r<|eot_id|><|assistant|>", False),
         ("done<|eot_id|>", True),
     ]
+
+
+# The forms that the TEMPLATEs of Ollama's library have: prompts that differ from what stays of them in later ones.
+LIBRARY_MISTRAL = (
+    '{{- range $i, $_ := .Messages }}{{- if eq .Role "user" }}[INST] '
+    "{{ if and $.System (eq (len (slice $.Messages $i)) 1) }}{{ $.System }}\n\n{{ end }}{{ .Content }}[/INST]"
+    '{{- else if eq .Role "assistant" }} {{ .Content }}</s>{{- end }}{{- end }} {{ .Response }}'
+)
+LIBRARY_GEMMA = (
+    "{{- range $i, $_ := .Messages }}\n{{- $last := eq (len (slice $.Messages $i)) 1 }}\n"
+    '{{- if eq .Role "assistant" }}<start_of_turn>model\n{{ .Content }}{{ if not $last }}<end_of_turn>\n{{ end }}\n'
+    "{{- else }}<start_of_turn>user\n{{ .Content }}<end_of_turn>\n{{ if $last }}<start_of_turn>model\n{{ end }}\n"
+    "{{- end }}\n{{- end }}\n"
+)
+LIBRARY_QWEN3 = (
+    "{{- $user := -1 -}}{{- range $i, $m := .Messages -}}"
+    '{{- if eq $m.Role "user" }}{{ $user = $i }}{{ end -}}{{- end }}'
+    "{{- range $i, $_ := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 -}}"
+    '{{- if eq .Role "user" }}<|im_start|>user\n{{ .Content }}'
+    "{{- if and $.IsThinkSet (eq $i $user) }}{{ if $.Think }} /think{{ else }} /no_think{{ end }}{{ end }}<|im_end|>\n"
+    "{{ else }}<|im_start|>assistant\n"
+    "{{ if (and $.IsThinkSet (and .Thinking (or $last (gt $i $user)))) -}}\n"
+    "<think>{{ .Thinking }}</think>\n{{ end -}}\n"
+    "{{ .Content }}{{ if not $last }}<|im_end|>\n{{ end }}{{ end }}"
+    '{{- if and (ne .Role "assistant") $last }}<|im_start|>assistant\n{{ end }}{{- end }}'
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "second"),
+    [
+        (
+            LIBRARY_MISTRAL,
+            [("[INST] S\n\n1[/INST] ", False), ("a</s>", True)],
+            [("[INST] 1[/INST] a</s>[INST] S\n\n2[/INST] ", False), ("b</s>", True)],
+        ),
+        (
+            LIBRARY_GEMMA,
+            [
+                ("<start_of_turn>user\nS<end_of_turn>\n<start_of_turn>user\n1<end_of_turn>\n<start_of_turn>model\n\n",
+                 False),
+                ("a<end_of_turn>", True),
+            ],
+            [
+                ("<start_of_turn>user\nS<end_of_turn>\n<start_of_turn>user\n1<end_of_turn>\n<start_of_turn>model\n"
+                 "a<end_of_turn>\n<start_of_turn>user\n2<end_of_turn>\n<start_of_turn>model\n\n", False),
+                ("b<end_of_turn>", True),
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_library_forms_train_each_answer_on_the_prompt_it_is_served_with(
+    text: str, first: list[tuple[str, bool]], second: list[tuple[str, bool]]
+) -> None:
+    messages = [Message("system", "S"), Message("user", "1"), Message("assistant", "a"),
+                Message("user", "2"), Message("assistant", "b")]  # fmt: skip
+    template = load_chat_template(text)
+    assert [pairs(example) for example in template.render_training_examples(messages)] == [
+        first,
+        second,
+    ]
+    assert template.render_prompt(messages[:2]) == first[0][0]
+    assert template.render_prompt(messages[:4]) == second[0][0]
+
+
+def test_the_thinking_switch_of_a_prompt_is_in_its_example() -> None:
+    messages = [
+        Message("user", "1"),
+        Message("assistant", "a", thinking="x"),
+        Message("user", "2"),
+        Message("assistant", "b"),
+    ]
+    template = load_chat_template(LIBRARY_QWEN3)
+    head = "<|im_start|>user\n1"
+    tail = "<|im_end|>\n<|im_start|>assistant\n"
+    assert [pairs(example) for example in template.render_training_examples(messages)] == [
+        [(f"{head} /think{tail}", False), ("<think>x</think>\na<|im_end|>", True)],
+        [
+            (f"{head}{tail}a<|im_end|>\n<|im_start|>user\n2 /think{tail}", False),
+            ("b<|im_end|>", True),
+        ],
+    ]
+    off = load_chat_template(LIBRARY_QWEN3, think=False)
+    assert off.render_prompt(messages[:1]) == f"{head} /no_think{tail}"
+
+
+def test_tool_calls_of_a_template_that_shows_tools_only_with_the_last_user() -> None:
+    text = (
+        "{{- range $i, $_ := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 }}<|{{ .Role }}|>"
+        '{{ if and $last (eq .Role "user") }}{{ $.Tools }}{{ end }}{{ .Content }}'
+        "{{ range .ToolCalls }}{{ .Function.Name }}{{ .Function.Arguments }}{{ end }}"
+        '{{ if not (and $last (eq .Role "assistant")) }}<|eot_id|>{{ end }}'
+        '{{ if and $last (ne .Role "assistant") }}<|assistant|>{{ end }}{{ end }}'
+    )
+    call = {"function": {"name": "f", "arguments": {"a": "b"}}}
+    messages = [Message("user", "q"), Message("assistant", "", tool_calls=(call,)), Message("tool", "r", tool_name="f"),
+                Message("assistant", "done")]  # fmt: skip
+    function = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
+    shown = json.dumps(tools, separators=(",", ":"))
+    template = load_chat_template(text)
+    assert [pairs(example) for example in template.render_training_examples(messages, tools)] == [
+        [(f"<|user|>{shown}q<|eot_id|><|assistant|>", False), ('f{"a":"b"}<|eot_id|>', True)],
+        [('<|user|>q<|eot_id|><|assistant|>f{"a":"b"}<|eot_id|><|tool|>r<|eot_id|><|assistant|>', False),
+         ("done<|eot_id|>", True)],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])

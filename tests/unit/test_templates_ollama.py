@@ -48,6 +48,14 @@ def test_tools_print_as_go_marshals_them() -> None:
     assert render(messages + "{{ json .Tools }}", tools=[TOOL]) == f"[{function}]"
 
 
+def test_a_parameters_type_is_a_list_that_prints_as_its_only_name() -> None:
+    template = (
+        "{{ range .Messages }}{{ end }}{{ range .Tools }}{{ range .Function.Parameters.Properties }}"
+        "{{ .Type }}/{{ len .Type }}/{{ range .Type }}{{ . }}+{{ end }};{{ end }}{{ end }}"
+    )
+    assert render(template, tools=[TOOL]) == "/0/;object/1/object+;[string null]/2/string+null+;"
+
+
 def test_typescript_types() -> None:
     template = (
         "{{ range .Messages }}{{ end }}{{ range .Tools }}"

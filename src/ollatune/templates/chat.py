@@ -149,6 +149,7 @@ class ChatTemplate:
             partial(self._render, tools),
             end_of_turn_texts=self.end_of_turn_texts,
             eos_text=self.eos_text,
+            closes_conversations=self.source == "jinja",
         )
 
     def _render(self, tools: Tools, messages: Sequence[Message], is_prompt: bool) -> str:

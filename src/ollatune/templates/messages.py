@@ -33,6 +33,14 @@ def joined(segments: Sequence[Segment]) -> str:
     return "".join(segment.text for segment in segments)
 
 
+def shared_start(first: str, second: str) -> str:
+    """What both texts begin with."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return first[:index]
+    return min(first, second, key=len)
+
+
 def merge_consecutive(messages: Sequence[Message]) -> list[Message]:
     """Messages of one role in a row become one, joined by an empty line; tool messages stay apart.
 

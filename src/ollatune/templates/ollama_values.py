@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ollatune.base.errors import InputError
-from ollatune.templates.go.values import OrderedMap, PrintsAsJSON, Struct
+from ollatune.templates.go.values import OneOrMany, OrderedMap, PrintsAsJSON, Struct
 from ollatune.templates.messages import Message
 
 _PROPERTY_KEYS = {
@@ -133,18 +133,14 @@ def _property(schema: Mapping[str, Any]) -> Struct:
             "differently.",
             hint="Leave `required` out below the top level.",
         )
-    kinds = schema.get("type", "")
+    kinds = schema.get("type", [])
     inner = schema.get("properties")
     return _marshalled(
         "api.ToolProperty",
         _PROPERTY_KEYS,
         {
             "AnyOf": [_property(alternative) for alternative in schema.get("anyOf", ())],
-            "Type": kinds
-            if isinstance(kinds, str)
-            else kinds[0]
-            if len(kinds) == 1
-            else list(kinds),
+            "Type": OneOrMany([kinds] if isinstance(kinds, str) else kinds),
             "Items": any_value(schema.get("items")),
             "Description": schema.get("description", ""),
             "Enum": any_value(list(schema.get("enum", ()))),

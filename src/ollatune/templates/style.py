@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ollatune.base.errors import InputError
-from ollatune.templates.messages import Message
+from ollatune.templates.messages import Message, shared_start
 
 _MARKS = {name: f"Zq{name}Qz" for name in ("S", "A", "B", "C", "T")}
 _PADDING = " \n\t "
@@ -118,7 +118,7 @@ class StyleReader:
             part = text[:end] + text[end : len(text) - len(text[end:].lstrip())]
             if other is None or other.startswith(part):
                 return part
-        return text if other is None else _common_prefix(text, other)
+        return text if other is None else shared_start(text, other)
 
     def _is_trimmed(self, role: str) -> bool:
         padded = Message(role, f"{_PADDING}{_MARKS['T']}{_PADDING}")
@@ -216,13 +216,5 @@ def _message(role: str, name: str) -> Message:
     return Message(role, _MARKS[name])
 
 
-def _common_prefix(first: str, second: str) -> str:
-    length = next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )
-    return first[:length]
-
-
 def _common_suffix(first: str, second: str) -> str:
-    return _common_prefix(first[::-1], second[::-1])[::-1]
+    return shared_start(first[::-1], second[::-1])[::-1]

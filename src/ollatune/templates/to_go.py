@@ -14,7 +14,7 @@ from ollatune.base.errors import InputError
 from ollatune.base.text import printable
 from ollatune.templates.chat import ChatTemplate
 from ollatune.templates.go_writer import write_template
-from ollatune.templates.messages import Message
+from ollatune.templates.messages import Message, shared_start
 from ollatune.templates.ollama_render import OllamaTemplate
 from ollatune.templates.probes import probe_conversations
 from ollatune.templates.style import StyleReader
@@ -129,10 +129,7 @@ def _verify(chat_template: ChatTemplate, text: str) -> int:
 
 
 def _differs(conversation: Sequence[Message], expected: str, got: str) -> InputError:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b),
-        min(len(expected), len(got)),
-    )
+    at = len(shared_start(expected, got))
     shown = ", ".join(
         f"{message.role}: {printable(message.content, limit=40)!r}" for message in conversation
     )

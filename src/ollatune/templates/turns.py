@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ollatune.base.errors import InputError
 from ollatune.base.text import printable
-from ollatune.templates.messages import Message, Segment
+from ollatune.templates.messages import Message, Segment, shared_start
 
 KNOWN_END_OF_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "</s>", "<|endoftext|>",
@@ -58,12 +58,19 @@ class TurnReader:
     """Finds answers in what a template makes of conversations."""
 
     def __init__(
-        self, render: Renderer, *, end_of_turn_texts: Sequence[str], eos_text: str
+        self,
+        render: Renderer,
+        *,
+        end_of_turn_texts: Sequence[str],
+        eos_text: str,
+        closes_conversations: bool,
     ) -> None:
         self.render = render
         texts = [*end_of_turn_texts, eos_text, *KNOWN_END_OF_TURN]
         self.end_of_turn_texts = [text for text in dict.fromkeys(texts) if text]
         self.eos_text = eos_text
+        # Go templates know only prompts: what stands there after a last answer belongs to the prompt for the next one.
+        self.closes_conversations = closes_conversations
         self._known: dict[tuple[object, ...], _Surroundings] = {}
 
     def read(self, history: Sequence[Message], answer: Message) -> Turn:
@@ -84,16 +91,17 @@ class TurnReader:
         self, history: Sequence[Message], answer: Message, prompt: str, full: str
     ) -> Turn:
         """A turn with tool calls, in which a mark for the content may not show: read from its two ends."""
+        said = full[len(prompt) :]
         if not full.startswith(prompt):
-            raise _not_a_prefix(prompt, full)
-        visible = full.rstrip()
+            said = self._after_last_message(history, answer)
+        visible = said.rstrip()
         for text in self.end_of_turn_texts:
-            if visible.endswith(text) and len(visible) - len(text) >= len(prompt):
+            if visible.endswith(text):
                 end = len(visible) - len(text)
-                return self._turn(prompt, full[len(prompt) : end], full[end:], "")
+                return self._turn(prompt, said[:end], said[end:], "")
         continued = self.render([*history, answer, Message("tool", LAST_MARK)], True)
         between = continued[len(full) :] if continued.startswith(full) else ""
-        return self._turn(prompt, full[len(prompt) :], "", between)
+        return self._turn(prompt, said, "", between)
 
     def _turn(self, prompt: str, body: str, after: str, between: str) -> Turn:
         ending, trailing = self._split_ending(after)
@@ -110,8 +118,9 @@ class TurnReader:
                 "model could not learn to stop.",
                 hint="Set the tokenizer's eos token, or use another template.",
             )
-        if trailing.strip() and prompt.endswith(trailing.lstrip()):
-            trailing = ""  # the template goes on with the prompt for a next answer
+        is_next_prompt = bool(trailing.strip()) and prompt.endswith(trailing.lstrip())
+        if is_next_prompt or not self.closes_conversations:
+            trailing = ""
         return Turn(prompt, body, ending, trailing, is_in_template)
 
     def _probe(
@@ -128,25 +137,32 @@ class TurnReader:
         lead = before[len(prompt) :]
         keeps_prompt = before.startswith(prompt)
         if not keeps_prompt:
-            # Some templates write an earlier message otherwise once it is answered (Mistral moves the system message
-            # to the last user); what counts is that the text after the last message goes on as the prompt does.
-            lead = self._lead_after_last_message(history, marked)
+            lead = self._after_last_message(history, marked).partition(ANSWER_MARK)[0]
         if not full.startswith(before) or not full.endswith(after):
             raise _not_a_prefix(before, full)
         content = full[len(before) : len(full) - len(after)]
         between = self._between(history, marked)
         return _Surroundings(lead, after, between, keeps_prompt), lead + content
 
-    def _lead_after_last_message(self, history: Sequence[Message], marked: Message) -> str:
+    def _after_last_message(self, history: Sequence[Message], answer: Message) -> str:
+        """What an answer adds to its prompt, where the finished conversation does not begin with the prompt.
+
+        Some templates write an earlier message otherwise once it is answered (Mistral moves the system message to the
+        last user). What counts is that after the last message the conversation goes on as the prompt does.
+        """
         if not history:
-            raise _not_a_prefix(self.render(history, True), self.render([marked], False))
-        last_marked = [*history[:-1], replace(history[-1], content=LAST_MARK)]
-        prompt_tail = self.render(last_marked, True).rpartition(LAST_MARK)[2]
-        full = self.render([*last_marked, marked], False).rpartition(ANSWER_MARK)[0]
-        full_tail = full.rpartition(LAST_MARK)[2]
-        if not full_tail.startswith(prompt_tail):
-            raise _not_a_prefix(prompt_tail, full_tail)
-        return full_tail[len(prompt_tail) :]
+            raise _not_a_prefix(self.render(history, True), self.render([answer], False))
+        marked = [*history[:-1], replace(history[-1], content=LAST_MARK)]
+        prompt_tail = self.render(marked, True).rpartition(LAST_MARK)[2]
+        full_tail = self.render([*marked, answer], False).rpartition(LAST_MARK)[2]
+        if full_tail.startswith(prompt_tail):
+            return full_tail[len(prompt_tail) :]
+        # A line end at the very end of a Go template stands behind the prompt, and behind the answer too.
+        visible = prompt_tail.rstrip()
+        shared = shared_start(prompt_tail, full_tail)
+        if len(shared) < len(visible) or full_tail[len(shared) :][:1].isspace():
+            raise _not_a_prefix(prompt_tail, full_tail.partition(ANSWER_MARK)[0])
+        return full_tail[len(shared) :]
 
     def _between(self, history: Sequence[Message], marked: Message) -> str:
         """What stands between an answer and the user message after it; '' where no user can follow."""
@@ -211,10 +227,7 @@ def _plain_body(prompt: str, full: str, content: str, around: _Surroundings) -> 
 
 
 def _not_a_prefix(prompt: str, full: str) -> InputError:
-    same = next(
-        (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b),
-        min(len(prompt), len(full)),
-    )
+    same = len(shared_start(prompt, full))
     return InputError(
         "The chat template writes a finished answer otherwise than the prompt for it: the prompt goes on with "
         f"{printable(prompt[same : same + 40])!r} where the conversation has {printable(full[same : same + 40])!r}. "

@@ -183,9 +183,7 @@ def _typescript_type(value: Any) -> str:
         return "any"
     if alternatives := value.fields["AnyOf"]:
         return " | ".join(_typescript_type(alternative) for alternative in alternatives)
-    names = plain(value.fields["Type"])
-    names = [names] if isinstance(names, str) and names else names
-    return " | ".join(_TYPESCRIPT.get(name, "any") for name in names) or "any"
+    return " | ".join(_TYPESCRIPT.get(name, "any") for name in value.fields["Type"]) or "any"
 
 
 def ollama_functions(today: datetime.date) -> dict[str, Function]:

@@ -50,6 +50,10 @@ class Struct:
         self.omitted_when_empty = omitted_when_empty
 
 
+class OneOrMany(list[str]):
+    """A list of names that prints and marshals as its only one where it has one (the type of a tool's parameter)."""
+
+
 class PrintsAsJSON:
     """A slice, map or struct whose String() method is its JSON."""
 
@@ -99,6 +103,8 @@ def printed(value: Any, *, nested: bool = False) -> str:
         return str(int(value))
     if isinstance(value, float):
         return printed_float(value)
+    if isinstance(value, OneOrMany) and len(value) < 2:
+        return "".join(value)
     if isinstance(value, list):
         return "[" + " ".join(printed(item, nested=True) for item in value) + "]"
     if isinstance(value, dict):
@@ -157,6 +163,8 @@ def to_json(value: Any) -> str:
         return str(int(value))
     if isinstance(value, float):
         return _json_float(value)
+    if isinstance(value, OneOrMany) and len(value) == 1:
+        return to_json(value[0])
     if isinstance(value, list):
         return "[" + ",".join(to_json(item) for item in value) + "]"
     if isinstance(value, OrderedMap):
