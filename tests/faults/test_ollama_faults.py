@@ -17,7 +17,7 @@ from ollatune.ollama.answers import Progress
 from ollatune.ollama.client import OllamaClient
 from ollatune.ollama.failures import GarbledAnswer, OllamaError, ServerDiskFull, ServerDown
 from ollatune.ollama.publish import ModelToPublish, publish
-from ollatune.ollama.session import Limits
+from ollatune.ollama.session import Call, Limits
 from tests.fake_ollama import FakeOllama, Fault
 from tests.parity.test_ollama_recordings import write_stand_in
 
@@ -536,3 +536,73 @@ def test_a_taken_name_is_never_overwritten(bench: Bench) -> None:
     )
     assert "POST /api/create" not in bench.server.paths()
     assert bench.client.show("m").system == ""
+
+
+# --- whatever else may come ---
+
+ANSWERS = [
+    b"", b"null", b"3", b'"x"', b"[]", b"{}", b"[[]]", b'{"models":null}', b'{"models":{}}', b'{"models":[null]}',
+    b'{"models":[{"size":"x"}]}', b'{"models":[{"size":-1,"details":3}]}', b'{"version":null}', b'{"version":[1]}',
+    b'{"error":null}', b'{"error":{"code":3}}', b'{"error":"x"}\n{"done":true}', b'{"status":"success"}',
+    b'{"status":"success","completed":"many","total":[]}', b'{"done":true}', b'{"done":true,"message":3}',
+    b'{"done":true,"response":"x","logprobs":[{}]}', b'{"done":true,"logprobs":[{"logprob":"x"}]}',
+    b'{"done":true,"eval_count":{},"message":{"content":null}}', b'{"done":true,"logprobs":3}', b'{"_debug_info":[]}',
+    b'{"_debug_info":{"rendered_template":3}}', b'{"done":true,"total_duration":"x"}', b"\xff\xfe\x00", b"\x00" * 50,
+    b"{" * 5000, b"[" * 200_000, b'{"modelfile":3,"template":[],"messages":5}', b'{"capabilities":4,"model_info":1}',
+    b"<html></html>", b'{"done":true,"message":{"content":"ok","tool_calls":7}}', b'{"a":1e999}', b'{"a":NaN}',
+]  # fmt: skip
+CALLS: dict[str, Callable[[OllamaClient], Any]] = {
+    "version": lambda c: c.version(),
+    "list": lambda c: c.list(),
+    "ps": lambda c: c.ps(),
+    "show": lambda c: (c.show("m").parameters, c.show("m").architecture, c.show("m").blob_path),
+    "pull": lambda c: c.pull("m", progress=lambda p: None),
+    "push": lambda c: c.push("m"),
+    "create": lambda c: c._until_success(create_call(), None, attempts=1),
+    "copy": lambda c: c.copy("m", "n"),
+    "delete": lambda c: c.delete("m"),
+    "generate": lambda c: c.generate("m", "x"),
+    "chat": lambda c: c.chat("m", [{"role": "user", "content": "x"}]),
+    "unload": lambda c: c.unload("m"),
+    "load": lambda c: c.load("m"),
+}
+
+
+def message_of(call: Callable[[], Any]) -> str:
+    """The error's text, or "" where there is none. Any other exception is a failure of the test."""
+    try:
+        call()
+    except OllatuneError as error:
+        return str(error)
+    return ""
+
+
+def create_call() -> Call:
+    return Call("POST", "/api/create", "create `m`", body={}, may_repeat=False)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_any_answer_is_understood_or_one_of_our_errors(name: str) -> None:
+    current = httpx.Response(200)
+    transport = httpx.MockTransport(
+        lambda request: httpx.Response(current.status_code, content=current.content)
+    )
+    with OllamaClient(environment={}, transport=transport, sleep=lambda seconds: None) as client:
+        for status in (200, 404, 418, 500):
+            for answer in ANSWERS:
+                current = httpx.Response(status, content=answer)
+                client._version = None
+                message = message_of(lambda: CALLS[name](client))
+                assert len(message) < 800
+                assert "\x00" not in message
+
+
+def test_rendering_takes_nothing_for_granted() -> None:
+    for answer in ANSWERS:
+
+        def handler(request: httpx.Request, answer: bytes = answer) -> httpx.Response:
+            is_version = request.url.path == "/api/version"
+            return httpx.Response(200, content=b'{"version":"0.24.0"}' if is_version else answer)
+
+        with OllamaClient(environment={}, transport=httpx.MockTransport(handler)) as client:
+            failure(lambda client=client: client.render_chat("m", []))  # type: ignore[misc]

@@ -246,7 +246,7 @@ class OllamaClient:
             "_debug_render_only": True, **fields,
         }  # fmt: skip
         answer = self.session.fetch(Call("POST", "/api/chat", doing, body=body))
-        rendered = (answer.get("_debug_info") or {}).get("rendered_template")
+        rendered = _made(lambda: answer["_debug_info"]["rendered_template"], doing)
         if not isinstance(rendered, str):
             raise garbled("has no rendered prompt", str(answer), doing=doing)
         return rendered

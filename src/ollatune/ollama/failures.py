@@ -139,7 +139,7 @@ def error_for_answer(status: int, content_type: str, body: bytes, *, doing: str)
         return html_answer(status, text, doing=doing)
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if isinstance(content, dict) and content.get("error"):
         text = str(content["error"])
