@@ -229,6 +229,153 @@ def _export_text(result: dict[str, Any]) -> str:
     return f"Next:\n  ollama create my-model -f {result['modelfile']}\n  ollama run my-model"
 
 
+@app.command()
+def verify(
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", help="The checkpoint that was exported.")
+    ],
+    export: Annotated[
+        Path, typer.Option("--export", help="The export folder of create-modelfile.")
+    ] = Path("models/ollama"),
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Held-out records.  [the run's test files]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A tag on an Ollama server, instead of the file.")
+    ] = None,
+    host: Annotated[str | None, typer.Option("--host", help="The server's address.")] = None,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Questions to compare.")] = 6,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Prove that what is served is what was trained (exit code 9 if not).
+
+    Example: ollatune verify --checkpoint models/trained/best_model.pt --export models/ollama/
+    """
+    from ollatune.commands.verify import VerifyOptions, run_verify
+
+    configure_logging(level=logging.DEBUG if verbose else logging.INFO)
+    result = run_verify(VerifyOptions(checkpoint, export, data, model, host, prompts))
+    _finish(result, as_json, lambda found: "Verified." if found["passed"] else "")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", help="The checkpoint that was exported.")
+    ],
+    export: Annotated[
+        Path, typer.Option("--export", help="The export folder of create-modelfile.")
+    ] = Path("models/ollama"),
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Held-out records.  [the run's test files]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A tag on an Ollama server, instead of the file.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="The base's tag on that server.")
+    ] = None,
+    host: Annotated[str | None, typer.Option("--host", help="The server's address.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="exact_match, field_accuracy, rouge_l, …, file.py:function."),
+    ] = None,
+    requirement: Annotated[
+        list[str] | None, typer.Option("--require", help='A gate, e.g. "exact_match>=0.7".')
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 256,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Score base and tuned model on held-out questions, as served.
+
+    Example: ollatune evaluate --checkpoint models/trained/best_model.pt --require "exact_match>=0.7"
+    """
+    from ollatune.commands.evaluate import EvaluateOptions, evaluation_text, run_evaluate
+
+    configure_logging(level=logging.DEBUG if verbose else logging.INFO)
+    result = run_evaluate(
+        EvaluateOptions(
+            checkpoint, export, data, model, base_model, host, tuple(metric or ()),
+            tuple(requirement or ()), max_tokens,
+        )
+    )  # fmt: skip
+    _finish(result, as_json, evaluation_text)
+
+
+@app.command()
+def demo(verbose: VerboseFlag = False) -> None:
+    """Train, export, serve and score a real model on the sample data; the last line is one JSON object.
+
+    Example: ollatune demo
+    """
+    from ollatune.commands.demo import run_demo
+
+    configure_logging(level=logging.DEBUG if verbose else logging.INFO)
+    print(json.dumps(run_demo()))
+
+
+models = typer.Typer(
+    help="Models here and in the catalog: list, show, pull.", invoke_without_command=True
+)
+app.add_typer(models, name="models")
+StoreFlag = Annotated[
+    Path | None,
+    typer.Option("--models", help="Ollama's store folder.  [OLLAMA_MODELS, or its default]"),
+]
+
+
+@models.callback()
+def _models(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        models_list(None, False)
+
+
+@models.command("list")
+def models_list(store: StoreFlag = None, as_json: JsonFlag = False) -> None:
+    """What is in the local store, embedded, and in the catalog with the memory each needs.
+
+    Example: ollatune models list
+    """
+    from ollatune.commands.models import list_models, list_text
+
+    configure_logging()
+    _finish(list_models(store), as_json, list_text)
+
+
+@models.command("show")
+def models_show(
+    name: Annotated[str, typer.Argument(help="Ollama name, .gguf file, or embedded model.")],
+    store: StoreFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What is in a model's file, and whether it can be trained here.
+
+    Example: ollatune models show embedded:smollm2-135m
+    """
+    from ollatune.commands.models import show_model, show_text
+
+    configure_logging()
+    _finish(show_model(name, store), as_json, show_text)
+
+
+@models.command("pull")
+def models_pull(
+    name: Annotated[str, typer.Argument(help="Ollama name.")],
+    host: Annotated[str | None, typer.Option("--host", help="The server's address.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Pull a model through a running Ollama server.
+
+    Example: ollatune models pull llama3.2:1b
+    """
+    from ollatune.commands.models import pull_model
+
+    configure_logging()
+    _finish(pull_model(name, host), as_json, lambda result: f"Pulled {result['pulled']}.")
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"ollatune {__version__}")

@@ -48,7 +48,7 @@ def run_create_modelfile(options: ExportOptions) -> dict[str, Any]:
 
     checkpoint = load_checkpoint(options.checkpoint)
     config = export_config(options, checkpoint.config)
-    name = options.model or _base_name(checkpoint.base)
+    name = options.model or base_name(checkpoint.base)
     source = resolve_base(
         name, models_folder=config.ollama.models, find_remote=remote_finder(config)
     )
@@ -83,7 +83,7 @@ def run_create_modelfile(options: ExportOptions) -> dict[str, Any]:
     return result
 
 
-def _base_name(base: dict[str, Any]) -> str:
+def base_name(base: dict[str, Any]) -> str:
     return str(base["path"]) if base["origin"] == "file" else str(base["name"])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -30,15 +32,17 @@ def lora_settings(config: Config) -> LoRASettings:
 
 
 class TrainedLogprobs:
-    """log p of every next token [T, V] after every position, by a model in fp32: the trainer's side of the proof."""
+    """log p of the next token [P, V] after each of P positions, by a model in fp32: the trainer's side of the proof."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._step = CausalStep(model, use_fast_path=False)
 
-    def __call__(self, token_ids: list[int]) -> npt.NDArray[np.float32]:
+    def __call__(
+        self, token_ids: Sequence[int], positions: Sequence[int]
+    ) -> npt.NDArray[np.float32]:
         with evaluation_mode(self.model):
-            logprobs: Tensor = self._step.next_token_logprobs(list(token_ids))
+            logprobs: Tensor = self._step.next_token_logprobs(list(token_ids), list(positions))
         values: npt.NDArray[np.float32] = logprobs.numpy()
         return values
 

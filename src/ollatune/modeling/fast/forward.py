@@ -114,17 +114,18 @@ class CausalStep:
         return head_evaluate(self.hidden(row), self.head, row.target_ids_N, self.settings)
 
     @torch.no_grad()
-    def next_token_logprobs(self, token_ids: list[int]) -> Tensor:
-        """log p of every next token after every position: [T, V] in fp32, softcap applied."""
+    def next_token_logprobs(self, token_ids: list[int], positions: list[int]) -> Tensor:
+        """log p of every next token after each of P positions: [P, V] in fp32, softcap applied."""
         device = next(self.model.parameters()).device
         ids_T = torch.tensor(token_ids, device=device)
         positions_T = torch.arange(len(token_ids), device=device)
         segments = [Segment(0, len(token_ids))]
-        row = PackedRow(ids_T, positions_T, segments, positions_T, ids_T, len(token_ids))
-        logits_TV = cast(Tensor, self.head(self.hidden(row))).float()
+        wanted_P = torch.tensor(positions, device=device)
+        row = PackedRow(ids_T, positions_T, segments, wanted_P, ids_T[wanted_P], len(token_ids))
+        logits_PV = cast(Tensor, self.head(self.hidden(row))).float()
         if self.settings.softcap is not None:
-            logits_TV = torch.tanh(logits_TV / self.settings.softcap) * self.settings.softcap
-        return torch.log_softmax(logits_TV, dim=-1)
+            logits_PV = torch.tanh(logits_PV / self.settings.softcap) * self.settings.softcap
+        return torch.log_softmax(logits_PV, dim=-1)
 
 
 @contextmanager

@@ -1,0 +1,132 @@
+"""`ollatune models`: what is in the local store and the catalog, what a file holds, and pulling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ollatune.base.errors import OllatuneError
+from ollatune.base.log import get_logger
+from ollatune.base.text import format_bytes, format_count
+from ollatune.catalog import Entry, load_catalog
+from ollatune.config.schema import Config, ModelConfig, OllamaConfig
+
+
+def list_models(models_folder: Path | None = None) -> dict[str, Any]:
+    """Models in the local stores, and the catalog with what each needs."""
+    from ollatune.modeling.embedded import EMBEDDED_MODELS, EMBEDDED_PREFIX
+    from ollatune.ollama.store import LocalStore, store_roots
+
+    roots = [models_folder] if models_folder is not None else store_roots()
+    local: list[dict[str, Any]] = []
+    for root in roots:
+        try:
+            stored = LocalStore(root).list() if root.is_dir() else []
+        except OllatuneError as error:
+            get_logger("models").warning("%s", error)
+            continue
+        local += [
+            {"name": model.name.short, "size_bytes": model.size_bytes, "store": str(root)}
+            for model in stored
+        ]
+    embedded = [
+        {
+            "name": f"{EMBEDDED_PREFIX}{name}",
+            "size_bytes": model.size_bytes,
+            "licence": model.licence,
+        }
+        for name, model in EMBEDDED_MODELS.items()
+    ]
+    catalog = [_catalog_row(entry) for entry in load_catalog().entries()]
+    return {"local": local, "embedded": embedded, "catalog": catalog}
+
+
+def _catalog_row(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "parameters": entry.parameters,
+        "architecture": entry.architecture,
+        "context_tokens": entry.context_tokens,
+        "licence": entry.licence,
+        "download_bytes": entry.download_bytes,
+        "is_trainable": entry.is_trainable,
+        "memory_bytes": {
+            method: entry.training_memory_bytes(method)
+            for method in ("lora-packed", "lora-bf16", "full")
+        },
+        "use": entry.use,
+    }
+
+
+def list_text(result: dict[str, Any]) -> str:
+    """The list for a terminal."""
+    lines = ["In the local store:"]
+    lines += [f"  {m['name']:<32} {format_bytes(m['size_bytes']):>10}" for m in result["local"]]
+    if not result["local"]:
+        lines.append("  (nothing; `ollama pull NAME` or `ollatune models pull NAME`)")
+    lines.append("Embedded:")
+    lines += [f"  {m['name']:<32} {format_bytes(m['size_bytes']):>10}" for m in result["embedded"]]
+    lines.append(
+        "Catalog (memory to train: adapter on packed weights / on dense bf16 / all weights):"
+    )
+    for row in result["catalog"]:
+        memory = " / ".join(format_bytes(size) for size in row["memory_bytes"].values())
+        note = "" if row["is_trainable"] else "  (cannot be trained here)"
+        lines.append(f"  {row['name']:<20} {format_count(row['parameters']):>7}  {memory}{note}")
+    return "\n".join(lines)
+
+
+def show_model(name: str, models_folder: Path | None = None) -> dict[str, Any]:
+    """What is in a model's file: architecture, size, types, tokenizer, template, context, trainable or why not."""
+    from ollatune.commands.remote import remote_finder
+    from ollatune.gguf.codecs import DECODABLE
+    from ollatune.gguf.inspect import describe
+    from ollatune.modeling.architectures import ARCHITECTURES
+    from ollatune.modeling.base import resolve_base
+
+    config = Config(model=ModelConfig(), ollama=OllamaConfig(models=models_folder))
+    source = resolve_base(name, models_folder=models_folder, find_remote=remote_finder(config))
+    with source.open() as gguf:
+        described = describe(gguf, known_architectures=ARCHITECTURES, decodable_types=DECODABLE)
+    described["model_name"] = described.pop("name", None)
+    return {
+        "name": source.name,
+        "origin": source.origin,
+        "digest": source.digest,
+        "path": str(source.path),
+        "has_ollama_template": source.template is not None,
+        "system": source.system,
+        "parameters": dict(source.parameters),
+        **described,
+    }
+
+
+def show_text(result: dict[str, Any]) -> str:
+    """The description for a terminal."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}: {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = "; ".join(
+                ", ".join(f"{k}: {v}" for k, v in item.items())
+                if isinstance(item, dict)
+                else str(item)
+                for item in value
+            )
+        lines.append(f"{key.replace('_', ' ')}: {value}")
+    return "\n".join(lines)
+
+
+def pull_model(name: str, host: str | None = None) -> dict[str, Any]:
+    """Pull `name` through a running server, with progress bars."""
+    from ollatune.commands.remote import PullBars
+    from ollatune.ollama.client import OllamaClient
+    from ollatune.ollama.names import ModelName
+
+    resolution = load_catalog().resolve(name)
+    if resolution.notice:
+        get_logger("models").info("%s", resolution.notice)
+    with PullBars() as bars:
+        OllamaClient(host).pull(ModelName.parse(resolution.name).short, progress=bars.update)
+    return {"pulled": resolution.name}
