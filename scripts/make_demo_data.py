@@ -48,6 +48,14 @@ TRAIN_LAYOUTS = (
     "{name}, order {order}: {issue}. Please replace the {product}.",
     "To whom it may concern: on Friday I ordered the {product}. {Issue}. Signed, {name}. Reference: {order}",
     "Please help me. Order: {order}. I wanted the {product}, but {issue}. My name: {name}",
+    "Can you check {order}? I gave the {product} to my sister, and {issue}. Thank you, {name}",
+    "My name is {name} and I am angry. I bought the {product} and {issue}. The number is {order}.",
+    "Does anyone read this? {Issue}. It is about the {product}. {order}, {name}",
+    "Third message! The {product} (no. {order}): {issue}. {name}",
+    "We bought the {product} for our office. {Issue}. Please look at {order}. {name}, manager",
+    "Thank you for the quick answer. It is order {order}, the {product}, and {issue}. {name}",
+    "{product}, {order}, {name}: {issue}!!",
+    "Bought: {product}\nBy: {name}\nProblem: {issue}\nNumber: {order}",
 )
 """Blanks: {name}, {order}, {product}, and the complaint as a clause ({issue}) or a sentence's start ({Issue})."""
 
@@ -65,11 +73,11 @@ TEST_LAYOUTS = (
 
 CLAUSES_BY_ISSUE = {
     "damaged": ("it arrived cracked", "it came with a big dent", "it was smashed on arrival"),
-    "not delivered": ("it never arrived", "it still has not come", "the parcel is lost"),
+    "not delivered": ("it never arrived", "it was not delivered yet", "the delivery is late"),
     "wrong item": (
         "you sent the wrong colour",
-        "I got a different model",
-        "this is not what I ordered",
+        "you sent the wrong size",
+        "you sent another product",
     ),
     "not working": (
         "it does not switch on",
@@ -83,8 +91,8 @@ CLAUSES_BY_ISSUE = {
     ),
     "billing": (
         "I was charged twice",
-        "the price on my card is wrong",
-        "my invoice shows the wrong total",
+        "the bill is too high",
+        "there is a mistake in the bill",
     ),
 }
 
