@@ -588,8 +588,8 @@ def test_any_answer_is_understood_or_one_of_our_errors(name: str) -> None:
         lambda request: httpx.Response(current.status_code, content=current.content)
     )
     with OllamaClient(environment={}, transport=transport, sleep=lambda seconds: None) as client:
-        for status in (200, 404, 418, 500):
-            for answer in ANSWERS:
+        for status in (200, 404, 500):
+            for answer in ANSWERS[:: 8 if status == 500 else 1]:  # 500 is tried four times
                 current = httpx.Response(status, content=answer)
                 client._version = None
                 message = message_of(lambda: CALLS[name](client))

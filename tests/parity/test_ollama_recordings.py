@@ -17,7 +17,9 @@ import pytest
 
 from ollatune.gguf.types import GGMLType, ValueType
 from ollatune.gguf.writer import TensorToWrite, encode_metadata, write_gguf
+from ollatune.ollama.client import OllamaClient
 from ollatune.ollama.names import ModelName
+from ollatune.ollama.publish import ModelToPublish, publish
 from tests.fake_ollama import FakeOllama, GenerateFunction, scripted_answer
 from tests.fake_ollama.create import CHATML_STOPS
 from tests.fake_ollama.go_text import go_map_json
@@ -276,3 +278,45 @@ def joined(body: str) -> dict[str, Any]:
         "text": text, "done_reason": last["done_reason"], "context": last.get("context"),
         "prompt": last["prompt_eval_count"], "output": last["eval_count"],
     }  # fmt: skip
+
+
+CHATML_GO = (
+    "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}{{ range .Messages }}"
+    '{{ if ne .Role "system" }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}{{ end }}'
+    "<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.weights
+@pytest.mark.parametrize("version", ["0.24.0", "0.34.1"])
+def test_published_weights_say_what_a_real_server_said(
+    version: str, tmp_path: Path, smollm2_path: Path, runner: GenerateFunction
+) -> None:
+    """The whole way through our own client: publish, render, chat with logprobs, against the recorded answers."""
+    records = {record["name"]: record for record in RECORDS}
+    model = ModelToPublish(
+        gguf=smollm2_path, template=CHATML_GO, system="Be brief.", licenses=["Apache-2.0"],
+        parameters={"stop": ["<|im_end|>"], "num_ctx": 512, "temperature": 0},
+        messages=[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}],
+    )  # fmt: skip
+    with (
+        FakeOllama(tmp_path / "models", version, generate=runner) as server,
+        OllamaClient(server.url, environment={}) as client,
+    ):
+        publish(client, "rec-a", model)
+        rendered = client.render_chat("rec-a", [{"role": "user", "content": "Hello"}])
+        expected = json.loads(records["render-chat"]["0.24.0"]["body"])
+        assert rendered == expected["_debug_info"]["rendered_template"]
+        request = records["chat-logprobs"]["request"]
+        answer = client.chat("rec-a", request["messages"], options=request["options"], logprobs=3)
+        recorded = json.loads(records["chat-logprobs"]["0.32.15"]["body"])
+        assert answer.text == recorded["message"]["content"]
+        assert answer.prompt_tokens == recorded["prompt_eval_count"]
+        assert answer.output_tokens == recorded["eval_count"]
+        for ours, theirs in zip(answer.logprobs, recorded["logprobs"], strict=True):
+            assert ours.raw == bytes(theirs["bytes"])
+            # Q4_1 weights: the version of llama.cpp and the machine move a logprob by about 0.1.
+            assert ours.logprob == pytest.approx(theirs["logprob"], abs=0.2)
+            assert len(ours.alternatives) == 3
