@@ -14,7 +14,7 @@ import gguf
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from ollatune.gguf.pretokenizers import LETTER, MARK, NUMBER, PUNCTUATION, SYMBOL
+from ollatune.gguf.pretokenizers import LETTER, MARK, NUMBER, PRE_TOKENIZERS, PUNCTUATION, SYMBOL
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.tokenizer import GGUFTokenizer
 from tests.assets import ggml_vocab, llama_cpp_source, vocab_golden
@@ -27,6 +27,8 @@ OTHERS = (
     "qwen35", "command-r", "deepseek-coder", "deepseek-llm", "falcon", "mpt", "refact", "starcoder"
 )  # fmt: skip
 NUM_TEXTS = 2000
+# one name for each way of splitting; the others are aliases
+DISTINCT_PRE_TOKENIZERS = {value: name for name, value in PRE_TOKENIZERS.items()}.values()
 
 
 def load(path: Path) -> GGUFTokenizer:
@@ -151,6 +153,19 @@ def test_same_tokens_as_the_engine_on_the_real_file(smollm2_path: Path) -> None:
     texts = random_texts(13, NUM_TEXTS, special_texts(tokenizer))
     with EngineTokenizer(smollm2_path) as engine:
         assert_same_tokens(tokenizer, engine, texts)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("pre", sorted(DISTINCT_PRE_TOKENIZERS))
+def test_same_words_as_the_engine(pre: str, tmp_path: Path) -> None:
+    """Every pre-tokenizer, on GPT-2's vocabulary: how words are split does not depend on the tokens."""
+    metadata = vocab_metadata("ggml:gpt-2")
+    metadata["tokenizer.ggml.pre"] = (pre, gguf.GGUFValueType.STRING)
+    metadata["tokenizer.ggml.add_bos_token"] = (False, gguf.GGUFValueType.BOOL)
+    tokenizer = from_vocabulary(metadata)
+    with EngineTokenizer(write_vocabulary_model(tmp_path / "model.gguf", metadata)) as engine:
+        assert_same_tokens(tokenizer, engine, random_texts(15, NUM_TEXTS // 2))
 
 
 # ----- the engine, on vocabularies made to be difficult --------------------------------------------------------------

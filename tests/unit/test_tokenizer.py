@@ -159,6 +159,13 @@ def test_bytes_without_a_token_are_dropped_and_keep_their_neighbours_apart() -> 
     assert texts_of(tokenizer, tokenizer.encode("a\x01b")) == ["a", "b"]
 
 
+@pytest.mark.parametrize("pre", ["deepseek-llm", "deepseek-coder"])
+def test_blanks_beyond_ascii_are_no_ideographs_though_in_their_range(pre: str) -> None:
+    tokenizer = GGUFTokenizer.from_metadata(bpe_metadata(["Ġ â"], pre=pre))
+    assert texts_of(tokenizer, tokenizer.encode(" \u2028"))[0] == "Ġâ"
+    assert texts_of(tokenizer, tokenizer.encode(" \u2e80"))[0] == "Ġ"
+
+
 # ----- special tokens ------------------------------------------------------------------------------------------------
 
 

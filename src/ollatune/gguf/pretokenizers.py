@@ -59,7 +59,9 @@ _DEEPSEEK_LETTERS = (
     r"\x{104d8}-\x{104fb}\x{10c80}-\x{10cb2}\x{10cc0}-\x{10cf2}\x{118a0}-\x{118df}"
     r"\x{1e900}-\x{1e943}"
 )
-_CJK_AND_HANGUL = r"[\x{4e00}-\x{9fa5}\x{800}-\x{4e00}\x{ac00}-\x{d7ff}]+"
+# Where an expression names characters beyond ASCII, llama.cpp shows it every blank beyond ASCII as a vertical tab:
+# so none of those counts as one of the characters here, and U+3000 is missing from the punctuation below.
+_CJK_AND_HANGUL = r"[[\x{4e00}-\x{9fa5}\x{800}-\x{4e00}\x{ac00}-\x{d7ff}]&&[^\s]]+"
 _CJK_AND_KANA = r"[\x{4e00}-\x{9fa5}\x{3040}-\x{309f}\x{30a0}-\x{30ff}]+"
 
 _GPT2 = rf"'s|'t|'re|'ve|'m|'ll|'d| ?{LETTER}+| ?{NUMBER}+| ?[^\s{LETTER}{NUMBER}]+|\s+(?!\S)|\s+"
@@ -122,7 +124,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         (
             r"[\r\n]",
             rf"\s?[{_DEEPSEEK_LETTERS}]+",
-            r"\s?[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]+",
+            r"\s?[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3001}\x{3002}]+",
             r"\s+\z",
             _CJK_AND_HANGUL,
             rf"{NUMBER}+",
