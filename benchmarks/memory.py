@@ -1,0 +1,160 @@
+"""Peak memory and speed of LoRA steps on models of several sizes, the base packed as served or decoded.
+
+    python benchmarks/memory.py --json
+
+prints one JSON object; its `rows` have `shape`, `mode` (packed, bf16 or fp32), `peak_mb`, `file_mb` and
+`tokens_per_second`. Every row runs in a process of its own. A row that cannot fit the machine's memory says so in
+`note` and has no figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the folder has a file named gguf.py
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from benchmarks.shaped_models import SHAPES, write_shaped_model  # noqa: E402
+
+MODES = {"packed": torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
+MEGABYTE = 1e6
+RESERVED_BYTES = 2 << 30  # of the available memory, for everything besides the weights
+PACKED_ALLOWANCE_BYTES = 3 << 30  # what packed training may take beyond the file
+LORA_RANK = 8
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held, mapped files included."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")
+
+
+def run_row(
+    shape_name: str, mode: str, path: Path, *, num_tokens: int, num_steps: int
+) -> dict[str, Any]:
+    """Load the file at `path`, take LoRA steps on made-up tokens, and say what it took."""
+    from ollatune.gguf.reader import GGUFFile
+    from ollatune.modeling.fast.forward import CausalStep, PackedRow
+    from ollatune.modeling.fast.segments import Segment
+    from ollatune.modeling.load import load_base_model
+    from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters
+
+    vocabulary = SHAPES[shape_name].vocabulary
+    with GGUFFile.open(path) as file:
+        started = time.perf_counter()
+        kind = "packed" if mode == "packed" else "dense"
+        model = load_base_model(file, mode=kind, dtype=MODES[mode])
+        load_seconds = time.perf_counter() - started
+        inject_lora(model, LoRASettings(rank=LORA_RANK, alpha=2.0 * LORA_RANK, dropout=0.0), seed=0)
+        parameters = [parameter for _, parameter in trainable_parameters(model)]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        model.train()
+        step = CausalStep(model, recompute=True)
+        ids = torch.randint(
+            vocabulary, (num_tokens + 1,), generator=torch.Generator().manual_seed(0)
+        )
+        positions = torch.arange(num_tokens)
+        row = PackedRow(
+            ids[:-1], positions, [Segment(0, num_tokens)], positions, ids[1:], num_tokens
+        )
+        losses, seconds = [], []
+        for _ in range(num_steps):
+            started = time.perf_counter()
+            loss = step.loss_sum(row) / num_tokens
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+            seconds.append(time.perf_counter() - started)
+    return {
+        "peak_mb": round(peak_bytes() / MEGABYTE),
+        "tokens_per_second": round(num_tokens / min(seconds), 1),
+        "load_seconds": round(load_seconds, 1),
+        "losses": [round(value, 4) for value in losses],
+    }
+
+
+def row_in_process(
+    shape_name: str, mode: str, path: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """`run_row` in a fresh process, or a note on why there are no figures."""
+    shape = SHAPES[shape_name]
+    file_bytes = path.stat().st_size
+    row: dict[str, Any] = {
+        "shape": shape_name, "mode": mode, "peak_mb": None,
+        "file_mb": round(file_bytes / MEGABYTE), "tokens_per_second": None,
+    }  # fmt: skip
+    weights = file_bytes if mode == "packed" else shape.num_parameters * MODES[mode].itemsize
+    available = psutil.virtual_memory().available - RESERVED_BYTES
+    if weights > available:
+        row["note"] = (
+            f"does not fit: the weights take {weights / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+        )
+        return row
+    command = [
+        sys.executable, __file__, "--row", shape_name, mode, str(path),
+        "--tokens", str(arguments.tokens), "--steps", str(arguments.steps),
+    ]  # fmt: skip
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if finished.returncode != 0:
+        row["note"] = f"ended with status {finished.returncode}"
+        return row
+    row |= json.loads(finished.stdout.splitlines()[-1])
+    if mode == "packed":
+        limit = file_bytes + PACKED_ALLOWANCE_BYTES
+        row["is_within_file_plus_3_gib"] = row["peak_mb"] * MEGABYTE <= limit
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--tokens", type=int, default=512, help="tokens a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="steps a row (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="where the model files are written meanwhile")
+    parser.add_argument("--row", nargs=3, metavar=("SHAPE", "MODE", "PATH"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row:
+        shape, mode, path = arguments.row
+        result = run_row(
+            shape, mode, Path(path), num_tokens=arguments.tokens, num_steps=arguments.steps
+        )
+        print(json.dumps(result))
+        return
+    rows = []
+    for shape_name in arguments.shapes:
+        with tempfile.TemporaryDirectory(prefix="ollatune-bench-", dir=arguments.folder) as folder:
+            path = Path(folder) / f"{shape_name}.gguf"
+            write_shaped_model(path, SHAPES[shape_name])
+            for mode in arguments.modes:
+                row = row_in_process(shape_name, mode, path, arguments)
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr)
+    result = {"rows": rows, "tokens_per_step": arguments.tokens, "cpus": os.cpu_count()}
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for row in rows:
+        print(
+            f"{row['shape']:>5} {row['mode']:>7}  file {row['file_mb']} MB  peak {row['peak_mb']} MB  "
+            f"{row['tokens_per_second']} tokens/s  {row.get('note', '')}"
+        )
+
+
+if __name__ == "__main__":
+    main()
