@@ -160,3 +160,26 @@ def test_refuses_types_and_bytes_it_does_not_know() -> None:
         dequantize(torch.zeros(35, dtype=torch.uint8), GGMLType.Q8_0)
     with pytest.raises(InputError, match=r"cannot be stored as IQ4_NL"):
         quantize(torch.zeros(32), GGMLType.IQ4_NL)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("type", sorted(DECODABLE), ids=lambda type: type.name)
+def test_cuda_decodes_the_same_bits(type: GGMLType) -> None:
+    rows = random_rows(type, 70)
+    got = dequantize(torch.from_numpy(rows).cuda(), type)
+    assert got.is_cuda
+    assert_same_bits(got.cpu().numpy(), reference_decode(rows, type))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [*BIT_IDENTICAL, "Q4_K", "Q6_K"])
+def test_cuda_encodes_as_well(name: str) -> None:
+    weights, type = torch.from_numpy(awkward_weights()), GGMLType[name]
+    on_cpu, on_cuda = quantize(weights, type), quantize(weights.cuda(), type).cpu()
+    if name in BIT_IDENTICAL:
+        assert torch.equal(on_cuda, on_cpu)
+        return
+    errors = [(dequantize(blocks, type) - weights).square().mean() for blocks in (on_cuda, on_cpu)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-3, atol=0.0)
