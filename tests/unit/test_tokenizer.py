@@ -292,10 +292,11 @@ def test_end_of_generation_of_harmony_leaves_out_the_end_of_a_message() -> None:
     assert tokenizer.decode(shown, skip_special=True) == "<|start|><|end|>"
 
 
-def test_a_token_that_ends_generation_is_a_control_token_whatever_its_type() -> None:
-    tokenizer = GGUFTokenizer.from_metadata(bpe_metadata(["a b"], {"<|eot_id|>": USER_DEFINED}))
-    assert len(tokenizer.encode("<|eot_id|>")) == 1
-    assert len(tokenizer.encode("<|eot_id|>", parse_special=False)) == len("<|eot_id|>")
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<|return|>", "<|fim_middle|>"])
+def test_a_token_with_a_role_is_a_control_token_whatever_its_type(end: str) -> None:
+    tokenizer = GGUFTokenizer.from_metadata(bpe_metadata(["a b"], {end: USER_DEFINED}))
+    assert len(tokenizer.encode(end)) == 1
+    assert len(tokenizer.encode(end, parse_special=False)) == len(end)
 
 
 @pytest.mark.parametrize(
