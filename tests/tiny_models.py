@@ -262,7 +262,12 @@ def _random_model(plan: Recipe, num_tokens: int, hidden_size: int, seed: int) ->
     }
     if plan.family not in ("qwen2", "phi3"):  # theirs is hidden_size / heads
         fields["head_dim"] = plan.head_dim if hidden_size == 64 else hidden_size // 4
-    config = config_class(**(fields | dict(plan.fields)))
+    fields |= plan.fields
+    if partial := fields.get("rope_parameters", {}).get("partial_rotary_factor"):
+        fields["partial_rotary_factor"] = (
+            partial  # where older releases of Transformers look for it
+        )
+    config = config_class(**fields)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = model_class(config).eval()

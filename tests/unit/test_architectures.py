@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import gguf
 from ollatune.base.errors import GGUFError, InputError
 from ollatune.gguf.codecs import dequantize, quantize
 from ollatune.gguf.reader import GGUFFile
@@ -174,7 +174,9 @@ def test_the_training_step_computes_what_transformers_computes(
     with GGUFFile.open(tiny(recipe).path) as file:
         model = load_base_model(file)
     expected = logits(model)[0].log_softmax(-1)
-    found = CausalStep(model).next_token_logprobs(TOKENS_BT[0].tolist())
+    found = CausalStep(model).next_token_logprobs(
+        TOKENS_BT[0].tolist(), list(range(TOKENS_BT.shape[1]))
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=LOGIT_TOLERANCE)
 
 
@@ -396,10 +398,11 @@ def test_a_model_that_would_be_computed_otherwise_is_refused(
 def test_sizes_that_transformers_refuses_are_an_input_error(
     tiny: Callable[[str], TinyModel],
 ) -> None:
-    metadata, shapes = fields("llama", tiny)
-    metadata["llama.attention.head_count"] = 6  # 64 is no multiple of it
-    with pytest.raises(InputError, match="Transformers refuses the sizes of this llama model"):
-        architecture_of(metadata, shapes).config(no_tensor)
+    metadata, shapes = fields("phi3-longrope", tiny)
+    with pytest.raises(
+        InputError, match=r"(?s)refuses the sizes of this phi3 model: .*must have length 6"
+    ):
+        architecture_of(metadata, shapes).config(lambda name: torch.ones(5))
 
 
 def test_one_value_for_each_layer_is_taken_where_all_are_equal(

@@ -37,8 +37,8 @@ class ScaledPackedEmbedding(PackedEmbedding):
     """Gemma's embedding: rows times the square root of the width, rounded to the dtype as in Transformers."""
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        scale = torch.tensor(math.sqrt(self.embedding_dim), dtype=self.dtype)
-        return super().forward(token_ids) * scale.to(self.blocks.device)
+        scale = torch.tensor(math.sqrt(self.embedding_dim), dtype=self.dtype).item()
+        return super().forward(token_ids) * scale
 
 
 def pack_model(

@@ -42,6 +42,8 @@ class Phi3(Architecture):
         return {
             "rope_parameters": self._rope(read_tensor, serving_context),
             "original_max_position_embeddings": sizes.rope_scaling.original_context_length,
+            # the older releases of Transformers look for it here, the newer ones among the rotary parameters
+            "partial_rotary_factor": sizes.rope_dims / sizes.head_dim,
             "sliding_window": None,
         }
 
