@@ -20,6 +20,8 @@ FIXED: dict[str, tuple[str, str, str, str] | None] = {
     "someone/model": ("registry.ollama.ai", "someone", "model", "latest"),
     "hf.co/org/repo.GGUF:Q4_K_M": ("hf.co", "org", "repo.GGUF", "Q4_K_M"),
     "host:5000/ns/m:t": ("host:5000", "ns", "m", "t"),
+    "host:5000/ns/m": ("host:5000", "ns", "m", "latest"),
+    "http://host:5000/ns/m": ("host:5000", "ns", "m", "latest"),
     "https://host:5000/ns/m:t": ("host:5000", "ns", "m", "t"),
     "scheme://host:port/namespace/model:tag": ("host:port", "namespace", "model", "tag"),
     "host:https/namespace/model:tag": ("host:https", "namespace", "model", "tag"),

