@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ollatune.evaluation.compare import Limits, kl_divergence, top_gap, top_kl_divergence
+from ollatune.evaluation.compare import Limits, top_gap, top_kl_divergence
 from ollatune.evaluation.served import ServedAnswer, ServedModel, ServedToken
 from ollatune.templates import Message
 
@@ -162,28 +162,46 @@ def observe(
     )
 
 
-def served_kls(
-    logprobs: LogprobsFunction, tokenizer: TrainedTokenizer, observations: Iterable[Observation]
-) -> tuple[float, ...]:
-    """KL(some model ‖ served) at every compared position."""
-    kls: list[float] = []
-    for seen in observations:
-        if seen.positions:
-            rows_PV = logprobs(seen.trained_ids, seen.positions)
-            kls += _compare(tokenizer, rows_PV, seen.served_tokens)[0]
-    return tuple(kls)
+@dataclass(frozen=True)
+class UpdateShare:
+    """Where the served model lies, seen from the base towards the trained one, over the served top tokens' logprobs.
+
+    `share`: how much of the way it went; `alignment`: the cosine between its change and the trained one; `size`: the
+    length of its change over that of the trained one.
+    """
+
+    share: float
+    alignment: float
+    size: float
 
 
-def update_kls(trained: TrainedModel, observations: Iterable[Observation]) -> tuple[float, ...]:
-    """KL(trained ‖ base) at every compared position: how much training changed there."""
+def update_share(trained: TrainedModel, observations: Iterable[Observation]) -> UpdateShare | None:
+    """Measure it at every compared position; None where training changed nothing there, or nothing was compared."""
     assert trained.base_logprobs is not None
-    kls: list[float] = []
+    along, trained_square, served_square = 0.0, 0.0, 0.0
     for seen in observations:
-        if seen.positions:
-            tuned_PV = trained.logprobs(seen.trained_ids, seen.positions)
-            base_PV = trained.base_logprobs(seen.trained_ids, seen.positions)
-            kls += [kl_divergence(t, b) for t, b in zip(tuned_PV, base_PV, strict=True)]
-    return tuple(kls)
+        if not seen.kls:
+            continue
+        tuned_PV = trained.logprobs(seen.trained_ids, seen.positions)
+        base_PV = trained.base_logprobs(seen.trained_ids, seen.positions)
+        for tuned_V, base_V, token in zip(tuned_PV, base_PV, seen.served_tokens, strict=True):
+            top = _by_id(trained.tokenizer, tuned_V, token.top_logprobs)
+            ids = list(top)
+            change = _centred(tuned_V[ids] - base_V[ids])
+            served_change = _centred(np.fromiter(top.values(), np.float64) - base_V[ids])
+            along += float(change @ served_change)
+            trained_square += float(change @ change)
+            served_square += float(served_change @ served_change)
+    if trained_square == 0.0:
+        return None
+    alignment = along / (trained_square * served_square) ** 0.5 if served_square else 0.0
+    return UpdateShare(along / trained_square, alignment, (served_square / trained_square) ** 0.5)
+
+
+def _centred(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Without the mean: logits are known up to a constant only."""
+    exact = values.astype(np.float64)
+    return exact - (exact.mean() if len(exact) else 0.0)
 
 
 def text_difference(trained: str, served: str) -> str:

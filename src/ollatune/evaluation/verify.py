@@ -14,8 +14,7 @@ from ollatune.evaluation.observe import (
     Observation,
     TrainedModel,
     observe,
-    served_kls,
-    update_kls,
+    update_share,
 )
 from ollatune.evaluation.served import ServedModel
 from ollatune.templates import Message
@@ -24,8 +23,11 @@ MAX_ANSWER_TOKENS = 48
 MIN_RECOVERY = 0.5
 """A tensor that keeps less of its update than this counts as left untuned."""
 
-_UNTOUCHED_SHARE = 0.1
-_PARTLY_SHARE = 0.8
+_UNTOUCHED_SIZE = 0.2
+"""A served model nearer to the base than this share of the trained change is the base, but for rounding."""
+
+_MIN_ALIGNMENT = 0.5
+"""Where some tensors are left untuned, what the others do still points much the same way; another base does not."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def verify(
         _check_endings(seen),
         *_check_recoveries(recoveries),
     )
-    cause, advice = _diagnose(trained, seen, {check.name: check for check in checks}, limits)
+    cause, advice = _diagnose(trained, seen, {check.name: check for check in checks})
     return VerifyReport(served.description, checks, difference, limits, cause, advice, tuple(seen))
 
 
@@ -220,7 +222,6 @@ def _diagnose(
     trained: TrainedModel,
     seen: Sequence[Observation],
     checks: Mapping[str, Check],
-    limits: Limits,
 ) -> tuple[str, str]:
     """The likeliest cause, from the earliest step that went wrong: each makes all later ones differ as well."""
     failed = {name for name, check in checks.items() if check.passed is False}
@@ -242,7 +243,7 @@ def _diagnose(
                 "The distributions are the same but other tokens are chosen: a parameter of the served model, such as "
                 "repeat_penalty, interferes. Set `PARAMETER repeat_penalty 1`.",
             )
-        return _weights_cause(trained, seen, limits)
+        return _weights_cause(trained, seen)
     return (
         "stop",
         "The model ends its answers, the server does not, or at another place: check the PARAMETER stop lines and "
@@ -274,29 +275,25 @@ def _token_cause(seen: Sequence[Observation]) -> tuple[str, str]:
     )
 
 
-def _weights_cause(
-    trained: TrainedModel, seen: Sequence[Observation], limits: Limits
-) -> tuple[str, str]:
-    """From where the served model lies between the base and the trained one."""
-    if trained.base_logprobs is None or not any(one.kls for one in seen):
+def _weights_cause(trained: TrainedModel, seen: Sequence[Observation]) -> tuple[str, str]:
+    """From where the served model lies, seen from the base."""
+    found = None if trained.base_logprobs is None else update_share(trained, seen)
+    if found is None:
         return "weights", (
             "Prompts and tokens are the same, the weights are not: a part of the update is missing, or the served "
             "base is another."
         )
-    to_trained = float(np.mean([kl for one in seen for kl in one.kls]))
-    to_base = float(np.mean(served_kls(trained.base_logprobs, trained.tokenizer, seen)))
-    update = float(np.mean(update_kls(trained, seen)))
-    if to_base <= max(_UNTOUCHED_SHARE * min(update, to_trained), limits.mean_kl):
+    if found.size < _UNTOUCHED_SIZE:
         return "recovery", (
             "The base model is served: nothing of the training arrived. Is the adapter applied, the merged file used?"
         )
-    if to_trained < _PARTLY_SHARE * min(update, to_base):
+    if found.alignment >= _MIN_ALIGNMENT:
         return "recovery", (
-            "The served model lies between the base and the trained one: some tensors were left untuned or lost their "
-            "update to quantisation. Write them at a finer type (q8_0, f16)."
+            f"The served model went {found.share:.0%} of the way from the base to the trained one: some tensors were "
+            "left untuned or lost their update to quantisation. Write them at a finer type (q8_0, f16)."
         )
     return "wrong_base", (
-        "The served model is neither the trained one nor its base: the adapter or the template was put on another "
+        "The served model is neither the trained one nor between it and its base: the adapter was put on another "
         "model. Check the FROM line."
     )
 
