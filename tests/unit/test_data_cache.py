@@ -6,10 +6,14 @@ import functools
 import json
 import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -179,6 +183,56 @@ def test_pieces_hold_every_line_once_with_its_number(tmp_path: Path) -> None:
         found = [record for chunk in chunks for record in iter_chunk(chunk, Rejections())]
         assert found == list(iter_records(path))
         assert sum(chunk.num_bytes for chunk in chunks) == path.stat().st_size
+
+
+SLOW_BUILD = """
+import functools, sys, time
+from pathlib import Path
+from ollatune.data.cache import load_cached
+from tests.data_fakes import make_config
+from tests.unit.test_data_cache import make_parts, slow_parts
+
+if __name__ == "__main__":
+    load_cached(
+        make_config(), *make_parts(), make_parts=slow_parts, cache_folder=Path(sys.argv[2]), path=sys.argv[1],
+        max_length=512, num_workers=2, chunk_bytes=1000,
+    )
+"""
+
+
+def slow_parts() -> tuple[ByteTokenizer, ChatMLTemplate]:
+    class SlowTemplate(ChatMLTemplate):
+        def render_training_examples(self, *arguments: Any) -> Any:
+            time.sleep(0.05)
+            return super().render_training_examples(*arguments)
+
+    return ByteTokenizer(), SlowTemplate()
+
+
+@pytest.mark.slow
+def test_a_killed_build_leaves_no_worker_and_is_continued(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", exchanges(400))
+    script = tmp_path / "build.py"
+    script.write_text(SLOW_BUILD)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(data), str(tmp_path / "cache")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "cache").glob("*/chunk-*.json"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    assert len(gone) == len(workers)
+    finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("*/chunk-*.json")}
+    assert_equal(cached(data, tmp_path / "cache"), in_memory(data))
+    assert all(path.stat().st_mtime_ns == at for path, at in finished.items())
 
 
 def test_file_facts_are_kept_until_the_file_changes(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ class StoreBuilder:
             counts.num_answers_cut += item.is_answer_cut
             counts.num_tokens_cut += item.num_tokens_before - len(example)
             counts.longest_before = max(counts.longest_before, item.num_tokens_before)
+            counts.num_ends += item.num_ends
             counts.num_early_ends += item.num_early_ends
 
     def columns(self) -> dict[str, npt.NDArray[np.generic]]:

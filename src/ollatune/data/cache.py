@@ -9,30 +9,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ollatune.base.errors import OutOfMemoryError, StorageError
-from ollatune.base.files import clean_staging, free_bytes, make_folder, staged_file, write_json
-from ollatune.base.text import format_bytes
-from ollatune.config.schema import DataConfig, DataSource
-from ollatune.data.builder import StoreBuilder, stored_arrays
-from ollatune.data.chunks import CHUNK_BYTES, Chunk, iter_chunk, plan_chunks, scan_file
+from ollatune.base.files import clean_staging, make_folder
+from ollatune.config.schema import DataConfig
+from ollatune.data.cache_build import (
+    CacheJob,
+    Progress,
+    build_chunks,
+    iter_chunk_samples,
+    make_renderer,
+    open_chunk,
+)
+from ollatune.data.chunks import CHUNK_BYTES, Chunk, plan_chunks, scan_file
 from ollatune.data.conversation import Sample
 from ollatune.data.load import (
     DatasetSplits,
     Method,
-    check_method,
     data_sources,
     make_splits,
     source_files,
@@ -41,32 +36,11 @@ from ollatune.data.position import FileError, Position, RecordError
 from ollatune.data.protocols import MakeRendererParts, PromptTemplate, Tokenizer
 from ollatune.data.records import TEXT_FILE, RecordReader
 from ollatune.data.rejects import Rejections
-from ollatune.data.render import Renderer
 from ollatune.data.report import RenderCounts
 from ollatune.data.sources import iter_records
-from ollatune.data.store import StoredArrays, TokenStore
+from ollatune.data.store import TokenStore
 
 _FORMAT_VERSION = 1
-_CACHE_BYTES_PER_INPUT_BYTE = (
-    1.5  # four bytes a token, a token about three characters of typical text
-)
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a worker needs beside the piece itself. Crosses process borders."""
-
-    folder: Path
-    config: DataConfig
-    sources: tuple[DataSource, ...]
-    method: Method
-    max_length: int
-    make_parts: MakeRendererParts | None
-    forms: Mapping[str, tuple[str, Position] | None]
-    """Per file: the record form, and the record that it was recognised from; None for text files."""
 
 
 def load_cached(
@@ -113,13 +87,15 @@ def load_cached(
         for source, of_source in zip(sources, files, strict=True)
         for file in of_source
     }
-    job = _Job(cache_folder / key, config, tuple(sources), method, max_length, make_parts, forms)
+    job = CacheJob(
+        cache_folder / key, config, tuple(sources), method, max_length, make_parts, forms
+    )
     make_folder(job.folder)
     clean_staging(job.folder)
-    renderer = _make_renderer(job, tokenizer, template)
-    manifests = _build(job, renderer, chunks, num_workers, progress)
+    renderer = make_renderer(job, tokenizer, template)
+    manifests = build_chunks(job, renderer, chunks, num_workers, progress)
     _refuse_empty_files(chunks, manifests)
-    store = TokenStore([_open_chunk(job.folder, n) for n in range(len(chunks))])
+    store = TokenStore([open_chunk(job.folder, n) for n in range(len(chunks))])
     rejections = Rejections(skip_bad=config.skip_bad)
     rendering = RenderCounts()
     for manifest in manifests:
@@ -174,169 +150,6 @@ def _form_name(form: tuple[str, Position] | None) -> str:
     return form[0] if form else TEXT_FILE
 
 
-def _build(
-    job: _Job,
-    renderer: Renderer,
-    chunks: Sequence[Chunk],
-    num_workers: int | None,
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
-    """Manifests of all pieces, making those that are not there yet."""
-    total = sum(chunk.num_bytes for chunk in chunks)
-    manifests = [_read_manifest(job.folder, number) for number in range(len(chunks))]
-    missing = [number for number, manifest in enumerate(manifests) if manifest is None]
-    done = total - sum(chunks[number].num_bytes for number in missing)
-    needed = int(sum(chunks[n].num_bytes for n in missing) * _CACHE_BYTES_PER_INPUT_BYTE)
-    if needed > (free := free_bytes(job.folder)):
-        raise StorageError(
-            f"The tokenised data needs about {format_bytes(needed)} in {job.folder}, {format_bytes(free)} are free.",
-            hint="Free some space, or name another cache folder in OLLATUNE_CACHE.",
-        )
-    if progress:
-        progress(done, total)
-    for number in _run(job, renderer, chunks, missing, num_workers):
-        manifests[number] = _read_manifest(job.folder, number)
-        done += chunks[number].num_bytes
-        if progress:
-            progress(done, total)
-    return [manifest for manifest in manifests if manifest is not None]
-
-
-def _run(
-    job: _Job,
-    renderer: Renderer,
-    chunks: Sequence[Chunk],
-    missing: Sequence[int],
-    num_workers: int | None,
-) -> Iterator[int]:
-    """Make the missing pieces; yields the number of each in order. The first bad record in file order is raised."""
-    workers = min(len(missing), num_workers or os.cpu_count() or 1)
-    if workers <= 1 or job.make_parts is None:
-        for number in missing:
-            _make_chunk(job, renderer, number, chunks[number])
-            yield number
-        return
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(job,),
-    ) as pool:
-        futures: list[Future[None]] = [
-            pool.submit(_work, number, chunks[number]) for number in missing
-        ]
-        try:
-            for number, future in zip(missing, futures, strict=True):
-                future.result()
-                yield number
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, BrokenProcessPool):
-                raise OutOfMemoryError(
-                    "A worker that prepared data was killed, most likely because memory ran out.",
-                    hint="Start again, with fewer workers: what was finished is kept.",
-                ) from error
-            raise
-
-
-_worker: tuple[_Job, Renderer] | None = None
-
-
-def _start_worker(job: _Job) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    assert job.make_parts is not None
-    _worker = (job, _make_renderer(job, *job.make_parts()))
-
-
-def _work(number: int, chunk: Chunk) -> None:
-    assert _worker is not None, "the pool's initializer ran"
-    job, renderer = _worker
-    _make_chunk(job, renderer, number, chunk)
-
-
-def _make_renderer(job: _Job, tokenizer: Tokenizer, template: PromptTemplate) -> Renderer:
-    return Renderer(
-        tokenizer,
-        template,
-        max_length=job.max_length,
-        targets=job.config.targets,
-        truncation=job.config.truncation,
-    )
-
-
-def _iter_samples(
-    job: _Job, chunk: Chunk, rejections: Rejections
-) -> Iterator[tuple[Sample, Position]]:
-    columns = job.sources[chunk.source_id].columns or job.config.columns
-    reader = RecordReader(columns=columns, system=job.config.system)
-    if form := job.forms[chunk.path]:
-        reader.fix_form(*form)
-    for record in iter_chunk(chunk, rejections):
-        try:
-            sample = reader(record)
-            check_method(sample, record.position, job.method)
-        except RecordError as error:
-            rejections(error)
-            continue
-        yield sample, record.position
-
-
-def _make_chunk(job: _Job, renderer: Renderer, number: int, chunk: Chunk) -> None:
-    """Write one piece: tokens and columns first, the manifest that makes them count last."""
-    tokens_path, columns_path, manifest_path = _chunk_paths(job.folder, number)
-    rejections = Rejections(skip_bad=job.config.skip_bad)
-    with staged_file(tokens_path) as stream:
-        builder = StoreBuilder(lambda tokens: stream.write(tokens.tobytes()))
-        for ordinal, (sample, position) in enumerate(_iter_samples(job, chunk, rejections)):
-            try:
-                rendered = renderer(sample, position)
-            except RecordError as error:
-                rejections(error)
-                continue
-            rejections.num_good += 1
-            builder.add(
-                sample, rendered, source_id=chunk.source_id, split=chunk.split, ordinal=ordinal
-            )
-        num_bytes = stream.tell()
-    with staged_file(columns_path) as stream:
-        np.savez(stream, **builder.columns())  # type: ignore[arg-type]
-    write_json(
-        manifest_path,
-        {
-            "tokens_bytes": num_bytes,
-            "num_good": rejections.num_good,
-            "rejected": [[*error.position, error.cause, error.cure] for error in rejections.errors],
-            "rendering": asdict(builder.counts),
-        },
-    )
-
-
-def _chunk_paths(folder: Path, number: int) -> tuple[Path, Path, Path]:
-    stem = folder / f"chunk-{number:06d}"
-    return stem.with_suffix(".tokens"), stem.with_suffix(".npz"), stem.with_suffix(".json")
-
-
-def _read_manifest(folder: Path, number: int) -> dict[str, Any] | None:
-    """The manifest of a finished piece; None if it was never finished or its files are not whole."""
-    tokens_path, columns_path, manifest_path = _chunk_paths(folder, number)
-    with suppress(OSError, ValueError, KeyError):
-        manifest: dict[str, Any] = json.loads(manifest_path.read_text())
-        if tokens_path.stat().st_size == manifest["tokens_bytes"] and columns_path.exists():
-            return manifest
-    return None
-
-
-def _open_chunk(folder: Path, number: int) -> StoredArrays:
-    tokens_path, columns_path, _ = _chunk_paths(folder, number)
-    with np.load(columns_path, allow_pickle=False) as archive:
-        columns = {name: archive[name] for name in archive.files}
-    if tokens_path.stat().st_size == 0:
-        return stored_arrays(np.zeros(0, np.uint32), columns)
-    return stored_arrays(np.memmap(tokens_path, np.uint32, mode="r"), columns)
-
-
 def _rejections(manifest: dict[str, Any], skip_bad: bool) -> Rejections:
     found = Rejections(skip_bad=skip_bad)
     found.num_good = manifest["num_good"]
@@ -345,10 +158,11 @@ def _rejections(manifest: dict[str, Any], skip_bad: bool) -> Rejections:
     return found
 
 
-def _samples_of(job: _Job, chunk: Chunk) -> list[Sample]:
+def _samples_of(job: CacheJob, chunk: Chunk) -> list[Sample]:
     """All samples of one piece again, by ordinal."""
     return [
-        sample for sample, _ in _iter_samples(job, chunk, Rejections(skip_bad=job.config.skip_bad))
+        sample
+        for sample, _ in iter_chunk_samples(job, chunk, Rejections(skip_bad=job.config.skip_bad))
     ]
 
 

@@ -17,7 +17,7 @@ from ollatune.data.split import split_number
 from ollatune.data.streams import COMPRESSED_SUFFIXES, damage_reported, open_data, open_regular
 from ollatune.data.tables import open_parquet, read_parquet
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 """About how much of a file one worker reads at a time, and what a killed build loses at most per worker."""
 
 _BLOCK_BYTES = 4 << 20

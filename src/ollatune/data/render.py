@@ -30,6 +30,8 @@ class Rendered:
     num_tokens_before: int
     is_truncated: bool
     is_answer_cut: bool = False
+    num_ends: int = 0
+    """End-of-generation tokens that are targets: one an answer, and `num_early_ends`."""
     num_early_ends: int = 0
     """End-of-generation tokens inside answers, before their end: text that looks like the template's own."""
 
@@ -82,7 +84,7 @@ class Renderer:
         ids = np.asarray([*head, *text_ids, *tail], np.int32)
         mask = np.ones(len(ids), np.bool_)
         mask[: len(head)] = False
-        return Rendered(Example(ids, mask), len(ids), False)
+        return Rendered(Example(ids, mask), len(ids), False, num_ends=int(has_eos))
 
     def _conversation(
         self,
@@ -104,12 +106,14 @@ class Renderer:
         is_answer_cut = len(ids) > self.max_length
         if is_answer_cut:
             ids, mask = self._tail(ids, mask)
-        num_early_ends = self._check_ends(ids, mask, position)
+        num_ends, num_early_ends = self._check_ends(ids, mask, position)
         example = Example(ids, mask)
         if not example.num_targets:
             raise RecordError(position, "no token to learn is left", "Shorten the record.")
         is_truncated = num_tokens_before > self.max_length
-        return Rendered(example, num_tokens_before, is_truncated, is_answer_cut, num_early_ends)
+        return Rendered(
+            example, num_tokens_before, is_truncated, is_answer_cut, num_ends, num_early_ends
+        )
 
     def _shortened(
         self,
@@ -210,12 +214,12 @@ class Renderer:
         mask[0] = False
         return ids, mask
 
-    def _check_ends(self, ids: TokenIds, mask: Mask, position: Position) -> int:
-        """How many end-of-generation tokens stand inside answers.
+    def _check_ends(self, ids: TokenIds, mask: Mask, position: Position) -> tuple[int, int]:
+        """How many end-of-generation tokens are targets, and how many of them stand inside answers.
 
         Every answer must end with one; what follows it is never generated and is taken out of the mask.
         """
-        num_early = 0
+        num_ends = num_early = 0
         for start, end in _runs(mask):
             found = np.flatnonzero(self._is_end[ids[start:end]])
             if not len(found):
@@ -224,9 +228,10 @@ class Renderer:
                     "the rendered answer does not end with an end-of-generation token, so the model would never stop",
                     "Use the base model's own template; `ollatune data` shows what is rendered.",
                 )
+            num_ends += len(found)
             num_early += len(found) - 1
             mask[start + int(found[-1]) + 1 : end] = False
-        return num_early
+        return num_ends, num_early
 
 
 def _runs(mask: Mask) -> list[tuple[int, int]]:

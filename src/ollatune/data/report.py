@@ -43,7 +43,10 @@ class RenderCounts:
     num_answers_cut: int = 0
     num_tokens_cut: int = 0
     longest_before: int = 0
+    num_ends: int = 0
+    """End-of-generation tokens that are targets."""
     num_early_ends: int = 0
+    """Those of them that stand inside an answer."""
 
     def add(self, other: RenderCounts) -> None:
         """Add another worker's counts."""
@@ -70,6 +73,8 @@ class DataReport:
         value = asdict(self)
         for name, split in self.splits.items():
             value["splits"][name]["target_share"] = round(split.target_share, 6)
+        num_targets = sum(split.num_target_tokens for split in self.splits.values())
+        value["end_share_of_targets"] = round(self.rendering.num_ends / max(1, num_targets), 6)
         return value
 
 
