@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ollatune.base.errors import InputError
 from ollatune.gguf.codecs import k_decode, k_encode, legacy_decode, legacy_encode
+from ollatune.gguf.codecs.bits import begin_chunk
 from ollatune.gguf.codecs.floats import FLOAT_DTYPES, encode_float
 from ollatune.gguf.mixes import FALLBACK_TYPES
 from ollatune.gguf.types import GGMLType
@@ -130,6 +131,7 @@ def _decode_chunks(blocks_NB: Tensor, type: GGMLType, out_NW: Tensor) -> None:
             num_rows, type.block_size, dtype=torch.float32, device=out_NW.device
         )
     for start in range(0, blocks_NB.shape[0], chunk):
+        begin_chunk()
         part_NB = blocks_NB[start : start + chunk]
         part_NW = out_NW[start : start + chunk]
         if scratch_NW is None:

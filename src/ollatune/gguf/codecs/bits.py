@@ -6,6 +6,8 @@ then all second parts, each one long run. `interleave` brings the parts of a blo
 
 from __future__ import annotations
 
+import math
+import threading
 from functools import lru_cache
 
 import torch
@@ -27,33 +29,92 @@ def constants(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device).unsqueeze(1)
 
 
+class _Arena(threading.local):
+    """Memory for the temporaries of one chunk, the same for every chunk.
+
+    The allocator may hand such memory back to the system and fetch it again for each chunk, page by page, which takes
+    longer than decoding.
+    """
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.used_bytes = 0
+
+    def begin(self) -> None:
+        """Forget all temporaries; room for all of them next time."""
+        if self.used_bytes > self.memory.numel():
+            self.memory = torch.empty(self.used_bytes, dtype=torch.uint8)
+        self.used_bytes = 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size_bytes = math.prod(shape) * dtype.itemsize
+        first = self.used_bytes
+        self.used_bytes += -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
+        if self.used_bytes > self.memory.numel():
+            return torch.empty(shape, dtype=dtype)
+        return self.memory[first : first + size_bytes].view(dtype).view(shape)
+
+
+_ALIGNMENT = 64
+_arena = _Arena()
+
+
+def begin_chunk() -> None:
+    """Make the memory of all temporaries of this thread free again."""
+    _arena.begin()
+
+
+def temporary(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory, valid until this thread's next `begin_chunk`."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return _arena.take(shape, dtype)
+
+
+def compact(bytes_: Tensor) -> Tensor:
+    """A copy that can be viewed as wider numbers: memory of its own, and the strides of its shape."""
+    # `contiguous` would keep the strides of a slice that holds one block.
+    return temporary(tuple(bytes_.shape), torch.uint8, bytes_.device).copy_(bytes_)
+
+
 def planes(parts: Tensor) -> Tensor:
     """int64 lanes [P, M] of uint8 [..., P, R], where M runs over what is before P, and then R."""
     num_parts = parts.shape[-2]
     return compact(parts.movedim(-2, 0)).view(torch.int64).view(num_parts, -1)
 
 
-def compact(bytes_: Tensor) -> Tensor:
-    """A copy that can be viewed as wider numbers: its own storage, and the strides of its shape."""
-    # `contiguous` would keep the strides of a slice that holds one block.
-    return bytes_.clone(memory_format=torch.contiguous_format)
+def _spread(planes_PM: Tensor, values: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Operands and result [P, len(values), M] of an operation of every plane with each value."""
+    num_planes, num_lanes = planes_PM.shape
+    out = temporary((num_planes, len(values), num_lanes), torch.int64, planes_PM.device)
+    return planes_PM.unsqueeze(1), constants(values, planes_PM.device), out
 
 
 def shifted_left(planes_PM: Tensor, *shifts: int) -> Tensor:
     """int64 [P * len(shifts), M]: every plane shifted by each number of bits."""
-    return (planes_PM.unsqueeze(1) << constants(shifts, planes_PM.device)).flatten(0, 1)
+    lanes_P1M, shifts_S1, out = _spread(planes_PM, shifts)
+    return torch.bitwise_left_shift(lanes_P1M, shifts_S1, out=out).flatten(0, 1)
 
 
 def shifted_right(planes_PM: Tensor, *shifts: int) -> Tensor:
     """int64 [P * len(shifts), M]: as `shifted_left`. Copies of the sign come in from above: mask them."""
-    return (planes_PM.unsqueeze(1) >> constants(shifts, planes_PM.device)).flatten(0, 1)
+    lanes_P1M, shifts_S1, out = _spread(planes_PM, shifts)
+    return torch.bitwise_right_shift(lanes_P1M, shifts_S1, out=out).flatten(0, 1)
+
+
+def masked(planes_PM: Tensor, *masks: int) -> Tensor:
+    """int64 [P * len(masks), M]: every plane's bits under each mask, given as a byte."""
+    lanes_P1M, masks_S1, out = _spread(planes_PM, tuple(lanes(mask) for mask in masks))
+    return torch.bitwise_and(lanes_P1M, masks_S1, out=out).flatten(0, 1)
 
 
 def interleave(planes_PM: Tensor, run_bytes: int) -> Tensor:
     """uint8, flat: runs of `run_bytes` (16 or more) taken from each plane in turn."""
     # complex128 is the widest element there is: the copy then moves 16 bytes at a time.
-    runs = planes_PM.view(torch.complex128).view(planes_PM.shape[0], -1, run_bytes // 16)
-    return torch.cat(runs.unbind(0), dim=1).view(torch.uint8).view(-1)
+    runs_PRW = planes_PM.view(torch.complex128).view(planes_PM.shape[0], -1, run_bytes // 16)
+    num_planes, num_runs, width = runs_PRW.shape
+    out = temporary((num_runs, num_planes * width), torch.complex128, planes_PM.device)
+    return torch.cat(runs_PRW.unbind(0), dim=1, out=out).view(torch.uint8).view(-1)
 
 
 def half_column(blocks_NB: Tensor, first_byte: int) -> Tensor:
@@ -92,5 +153,12 @@ def _bit_to_byte_table(bit: int, device: torch.device) -> Tensor:
 
 def spread_bits(bytes_: Tensor, bit: int) -> Tensor:
     """int64 lanes, flat: one byte for each bit of uint8 `bytes_`, the bit moved to place `bit`."""
-    table = _bit_to_byte_table(bit, bytes_.device)
-    return table.index_select(0, bytes_.reshape(-1).to(torch.int32))
+    return look_up(_bit_to_byte_table(bit, bytes_.device), bytes_)
+
+
+def look_up(table: Tensor, keys: Tensor) -> Tensor:
+    """The entries of a one-dimensional `table` that the uint8 `keys` name, flat."""
+    size = (keys.numel(),)
+    indices = temporary(size, torch.int32, keys.device).copy_(keys.reshape(-1))
+    out = temporary(size, table.dtype, keys.device)
+    return torch.index_select(table, 0, indices, out=out)

@@ -15,9 +15,11 @@ from ollatune.gguf.codecs.bits import (
     half_column,
     interleave,
     lanes,
+    masked,
     planes,
     shifted_left,
     shifted_right,
+    temporary,
 )
 from ollatune.gguf.codecs.legacy_decode import levels_of
 
@@ -91,8 +93,7 @@ def decode_q4_k(blocks_NB: Tensor, out_NW: Tensor) -> None:
     scales_2N8 = _q4_k_scales(blocks_NB)
     # High nibbles stay where they are, sixteen times too large; their scales make up for it.
     scales_2N8[0, :, 1::2].div_(16)
-    packed_1M = planes(blocks_NB[:, None, 16:])
-    quants_2M = packed_1M & constants((lanes(0x0F), lanes(0xF0)), out_NW.device)
+    quants_2M = masked(planes(blocks_NB[:, None, 16:]), 0x0F, 0xF0)
     _fill(out_NW, interleave(quants_2M, RUN), scales_2N8[0], scales_2N8[1])
 
 
@@ -111,8 +112,11 @@ def decode_q6_k(blocks_NB: Tensor, out_NW: Tensor) -> None:
     scale_NS = blocks_NB[:, 192:208].view(torch.int8).to(torch.float32)
     scale_NS.mul_(half_column(blocks_NB, 208).div_(4))
     low_2M = planes(blocks_NB[:, :128].view(num_blocks, 2, 2, RUN))
-    # Sub-block runs 0 and 1 are the low nibbles of both planes, 2 and 3 the high ones.
-    quants_4M = torch.cat([low_2M << 2, low_2M >> 2]).bitwise_and_(lanes(0x3C))
+    # Runs 0 and 1 are the low nibbles of both planes, 2 and 3 the high ones.
+    quants_4M = temporary((4, low_2M.shape[1]), torch.int64, low_2M.device)
+    torch.bitwise_left_shift(low_2M, 2, out=quants_4M[:2])
+    torch.bitwise_right_shift(low_2M, 2, out=quants_4M[2:])
+    quants_4M.bitwise_and_(lanes(0x3C))
     high_4M = shifted_left(planes(blocks_NB[:, None, 128:192]), 6, 4, 2, 0)
     quants_4M.bitwise_or_(high_4M.bitwise_and_(lanes(0xC0))).bitwise_xor_(lanes(0x80))
     _fill(out_NW, interleave(quants_4M, RUN).view(torch.int8), scale_NS)

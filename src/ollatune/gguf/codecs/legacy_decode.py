@@ -16,6 +16,7 @@ from ollatune.gguf.codecs.bits import (
     half_column,
     interleave,
     lanes,
+    look_up,
     planes,
     shifted_left,
     shifted_right,
@@ -76,7 +77,7 @@ def decode_q5_1(blocks_NB: Tensor, out_NW: Tensor) -> None:
 def levels_of(quants: Tensor) -> Tensor:
     """float32 level of each uint8 quant of a non-linear type."""
     table = torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=quants.device)
-    return table.index_select(0, quants.reshape(-1).to(torch.int32)).view(quants.shape)
+    return look_up(table, quants).view(quants.shape)
 
 
 def decode_iq4_nl(blocks_NB: Tensor, out_NW: Tensor) -> None:
