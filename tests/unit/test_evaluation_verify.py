@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from ollatune.base.errors import UsageError, VerificationError
+from ollatune.evaluation.align import text_difference
 from ollatune.evaluation.compare import LIMITS_BY_FORMAT
-from ollatune.evaluation.observe import TrainedModel, text_difference
+from ollatune.evaluation.observe import TrainedModel
 from ollatune.evaluation.served import ServedAnswer, ServedToken
 from ollatune.evaluation.verify import VerifyReport, verify
 from ollatune.templates import Message

@@ -10,13 +10,9 @@ import numpy as np
 
 from ollatune.base.errors import UsageError, VerificationError
 from ollatune.evaluation.compare import Difference, Limits, summary
-from ollatune.evaluation.observe import (
-    Observation,
-    TrainedModel,
-    observe,
-    update_share,
-)
+from ollatune.evaluation.observe import Observation, TrainedModel, observe
 from ollatune.evaluation.served import ServedModel
+from ollatune.evaluation.update_share import update_share
 from ollatune.templates import Message
 
 MAX_ANSWER_TOKENS = 48
