@@ -91,7 +91,7 @@ class Session:
             follow_redirects=False,
             timeout=self._timeout(is_work=False),
             # A proxy never stands between us and this machine.
-            trust_env=True,
+            trust_env=not endpoint.is_loopback,
             transport=transport,
             # Reading the certificates takes longer than most requests.
             verify=endpoint.scheme == "https",
