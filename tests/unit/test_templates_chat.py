@@ -130,6 +130,15 @@ def test_thinking_is_part_of_the_answer_and_gone_from_the_next_prompt() -> None:
     ]
 
 
+def test_a_template_that_always_goes_on_with_a_prompt_ends_its_examples_before_it() -> None:
+    text = JINJA_CHATML.partition("{% if")[0] + "{{ '<|im_start|>assistant\n' }}"
+    segments = load_chat_template(jinja_text=text).render_training(TURNS[:2])
+    assert pairs(segments) == [
+        ("<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("1<|im_end|>", True),
+    ]
+
+
 def test_a_prompt_that_an_answer_does_not_continue_is_refused() -> None:
     text = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
