@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,7 @@ from ollatune.config.schema import Config
 
 if TYPE_CHECKING:
     from ollatune.data.load import DatasetSplits
-    from ollatune.data.protocols import RendererParts
     from ollatune.data.store import Example
-    from ollatune.modeling.base import BaseSource
     from ollatune.modeling.opened import OpenBase
 
 _SHOWN_CHARACTERS = 4000
@@ -45,21 +42,12 @@ class LoadedData:
     max_length: int
 
 
-def renderer_parts(source: BaseSource) -> RendererParts:
-    """Tokenizer and template of a base model: what worker processes that prepare data start with."""
-    from ollatune.modeling.opened import open_base
-
-    base = open_base(source)
-    return base.tokenizer, base.template
-
-
 def load_for_base(config: Config) -> LoadedData:
     """The configured data, rendered for the configured base model."""
     from ollatune.commands.remote import remote_finder
-    from ollatune.data.dataset import load_dataset
     from ollatune.modeling.base import resolve_base
     from ollatune.modeling.opened import open_base
-    from ollatune.training.build import context_window, data_settings
+    from ollatune.training.build import context_window, read_data
 
     source = resolve_base(
         config.model.base_model,
@@ -67,17 +55,7 @@ def load_for_base(config: Config) -> LoadedData:
         find_remote=remote_finder(config),
     )
     base = open_base(source)
-    max_length = context_window(config, base)
-    splits = load_dataset(
-        data_settings(config, base),
-        base.tokenizer,
-        base.template,
-        make_parts=partial(renderer_parts, source),
-        max_length=max_length,
-        method=config.training.method,
-        seed=config.training.seed,
-    )
-    return LoadedData(base, splits, config, max_length)
+    return LoadedData(base, read_data(config, base), config, context_window(config, base))
 
 
 def run_data(options: DataOptions) -> dict[str, Any]:

@@ -127,6 +127,6 @@ def pull_model(name: str, host: str | None = None) -> dict[str, Any]:
     resolution = load_catalog().resolve(name)
     if resolution.notice:
         get_logger("models").info("%s", resolution.notice)
-    with PullBars() as bars:
-        OllamaClient(host).pull(ModelName.parse(resolution.name).short, progress=bars.update)
+    with PullBars() as bars, OllamaClient(host) as client:
+        client.pull(ModelName.parse(resolution.name).short, progress=bars.update)
     return {"pulled": resolution.name}

@@ -20,10 +20,8 @@ def remote_finder(config: Config) -> Callable[[ModelName], StoredModel]:
 
         models = config.ollama.models
         roots = [models] if models is not None else store_roots()
-        with PullBars() as bars:
-            return ensure_local(
-                name, OllamaClient(config.ollama.host), roots=roots, progress=bars.update
-            )
+        with PullBars() as bars, OllamaClient(config.ollama.host) as client:
+            return ensure_local(name, client, roots=roots, progress=bars.update)
 
     return find
 

@@ -10,11 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+)
 
 from ollatune.base.errors import InputError
 from ollatune.base.files import write_json, write_text
-from ollatune.gguf.byte_level import parse_merges, pre_tokenizer_pipeline
+from ollatune.gguf.byte_level import BYTE_CHARACTERS, parse_merges, pre_tokenizer_pipeline
+from ollatune.gguf.pretokenizers import PreTokenizer
 from ollatune.gguf.vocabulary import Kind, Vocabulary
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -35,7 +44,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> str:
             ignore_merges=vocabulary.pre_tokenizer.ignore_merges,
         )
     )
-    tokenizer.pre_tokenizer = pre_tokenizer_pipeline(vocabulary.pre_tokenizer)
+    tokenizer.pre_tokenizer = _pre_tokenizer(vocabulary, vocabulary.pre_tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = _post_processor(vocabulary)
     tokenizer.add_tokens(_added_tokens(vocabulary))
@@ -66,6 +75,17 @@ def save_hf_tokenizer(
     content = tokenizer_json(vocabulary)
     write_text(folder / TOKENIZER_FILE, content)
     write_json(folder / TOKENIZER_CONFIG_FILE, config)
+
+
+def _pre_tokenizer(vocabulary: Vocabulary, splitting: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """Split into words; bytes without a token stand alone, so that nothing merges across them when they are dropped."""
+    pipeline = pre_tokenizer_pipeline(splitting)
+    missing = [character for character in BYTE_CHARACTERS if character not in vocabulary.ids]
+    if not missing:
+        return pipeline
+    one_of_them = "".join(f"\\x{{{ord(character):x}}}" for character in missing)
+    alone = pre_tokenizers.Split(Regex(f"[{one_of_them}]"), "isolated")
+    return pre_tokenizers.Sequence([pipeline, alone])
 
 
 def _added_tokens(vocabulary: Vocabulary) -> list[AddedToken]:

@@ -58,3 +58,9 @@ def chat_template(
 
 def _text(tokenizer: GGUFTokenizer, token_id: int | None) -> str:
     return "" if token_id is None else tokenizer.token_text(token_id)
+
+
+def renderer_parts(source: BaseSource) -> tuple[GGUFTokenizer, ChatTemplate]:
+    """Tokenizer and template of a base model: what worker processes that prepare data start with."""
+    base = open_base(source)
+    return base.tokenizer, base.template

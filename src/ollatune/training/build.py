@@ -16,8 +16,10 @@ from ollatune.base.log import get_logger
 from ollatune.base.text import format_count
 from ollatune.config.schema import Config, DataConfig, DataSource
 from ollatune.data.conversation import Conversation
-from ollatune.data.load import DatasetSplits, load_examples, make_order
+from ollatune.data.dataset import load_dataset
+from ollatune.data.load import DatasetSplits, make_order
 from ollatune.data.loader import BatchLoader, LoaderSettings, evaluation_batches
+from ollatune.modeling.fast.decoder import is_supported
 from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.load import load_base_model
 from ollatune.modeling.lora import (
@@ -25,7 +27,7 @@ from ollatune.modeling.lora import (
     inject_lora,
     trainable_parameters,
 )
-from ollatune.modeling.opened import OpenBase
+from ollatune.modeling.opened import OpenBase, renderer_parts
 from ollatune.modeling.trained import lora_settings
 from ollatune.templates.messages import Message
 from ollatune.training.distributed import Processes
@@ -57,16 +59,22 @@ def data_settings(config: Config, base: OpenBase) -> DataConfig:
     return config.data
 
 
-def load_data(config: Config, base: OpenBase) -> DatasetSplits:
-    """Read, render and split the data (see `data.load.load_examples`), with its report logged."""
-    splits = load_examples(
+def read_data(config: Config, base: OpenBase) -> DatasetSplits:
+    """Read, render and split the data for `base` (see `data.dataset.load_dataset`)."""
+    return load_dataset(
         data_settings(config, base),
         base.tokenizer,
         base.template,
+        make_parts=partial(renderer_parts, base.source),
         max_length=context_window(config, base),
         method=config.training.method,
         seed=config.training.seed,
     )
+
+
+def load_data(config: Config, base: OpenBase) -> DatasetSplits:
+    """`read_data`, with its report logged."""
+    splits = read_data(config, base)
     logger = get_logger("data")
     for name, split in splits.report.splits.items():
         logger.info(
@@ -101,13 +109,25 @@ def build_model(
     else:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-    if config.training.activation_checkpointing:
-        transformers_model: Any = model
-        transformers_model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-        transformers_model.enable_input_require_grads()
+    if config.training.activation_checkpointing and not uses_fast_path(config, model):
+        _recompute_activations(model)
     return model
+
+
+def uses_fast_path(config: Config, model: nn.Module) -> bool:
+    """Whether the fused forward pass runs; it recomputes activations by itself."""
+    return config.training.fast_path and is_supported(model)
+
+
+def _recompute_activations(model: nn.Module) -> None:
+    """Activation checkpointing of Transformers' own layers, under the name its version has for it."""
+    transformers_model: Any = model
+    settings = {"use_reentrant": False}
+    if hasattr(transformers_model, "activation_checkpointing_enable"):
+        transformers_model.activation_checkpointing_enable(settings)
+    else:
+        transformers_model.gradient_checkpointing_enable(settings)
+    transformers_model.enable_input_require_grads()
 
 
 def sources_of(config: Config) -> list[DataSource]:
