@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +53,7 @@ def make_layer(
 def outputs_and_gradient(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     inputs = inputs.clone().requires_grad_()
     outputs = layer(inputs)
-    weights = torch.linspace(-1, 1, outputs.numel()).view(outputs.shape).to(outputs.dtype)
+    weights = torch.linspace(-1, 1, outputs.numel()).view(outputs.shape).to(outputs)
     outputs.backward(weights)
     assert inputs.grad is not None
     return outputs.detach(), inputs.grad
@@ -200,3 +201,42 @@ def test_packed_layers_are_found_and_kept_out_of_ddp() -> None:
     assert packed_layers(model) == {"0": layer}
     keep_out_of_ddp(model)
     assert model._ddp_params_and_buffers_to_ignore == ["0.blocks"]
+
+
+def _ddp_worker(rank: int, folder: str) -> None:
+    """Both processes hold other blocks: what DDP copies between them would show."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    layer, _ = make_layer(in_features=256, out_features=32)
+    layer.blocks.fill_(rank)
+    model = nn.Sequential(layer, nn.Linear(32, 2))
+    keep_out_of_ddp(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        parallel(torch.full((1, 256), float(rank + 1))).sum().backward()
+    Path(folder, f"rank{rank}").write_text(
+        f"{bool((layer.blocks == rank).all())} {model[1].bias.grad[0]:.1f}"
+    )
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ddp_leaves_the_blocks_alone(tmp_path: Path) -> None:
+    multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["True 2.0", "True 2.0"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_equals_the_dense_layer(dtype: torch.dtype) -> None:
+    layer, dense = make_layer(bias=True, dtype=dtype)
+    inputs = torch.randn(7, 512, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-6
+    ours = outputs_and_gradient(layer.cuda(), inputs)
+    expected = outputs_and_gradient(dense.cuda(), inputs)
+    for got, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
