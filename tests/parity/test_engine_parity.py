@@ -15,6 +15,10 @@ from tests.tiny_models import TinyModel, tiny_model
 
 pytest.importorskip("xllamacpp")
 from ollatune.evaluation.engine import LlamaCppEngine
+from ollatune.evaluation.forgetting import answer_perplexity, text_perplexity
+from ollatune.evaluation.score import EvaluationItem
+from ollatune.evaluation.served import LlamaCppServed
+from ollatune.templates import Message, load_chat_template
 
 pytestmark = pytest.mark.engine
 
@@ -123,3 +127,36 @@ def test_a_missing_extra_names_the_command_that_installs_it(
     monkeypatch.setitem(__import__("sys").modules, "xllamacpp", None)
     with pytest.raises(UsageError, match=r"pip install 'ollatune\[engine\]'"):
         LlamaCppEngine(tiny.path)
+
+
+def test_perplexities_are_those_of_pytorch(tiny: TinyModel, engine: LlamaCppEngine) -> None:
+    text = "a plain text"
+    ids = engine.tokenize(text)
+    rows = torch_logprobs(tiny, ids)[:-1]
+    expected = np.exp(-rows[np.arange(len(ids) - 1), ids[1:]].mean())
+    assert text_perplexity(engine, text) == pytest.approx(expected, rel=1e-3)
+    served = LlamaCppServed(engine, load_chat_template(go_text="{{ .Prompt }}:"))
+    items = [
+        EvaluationItem((Message("user", "hi"),), "yes"),
+        EvaluationItem((Message("user", "a"),), "no"),
+    ]
+    logprobs = []
+    for prompt, target in (("hi:", "yes<eos>"), ("a:", "no<eos>")):
+        before, after = engine.tokenize(prompt), engine.tokenize(target)
+        assert after[-1] == 129  # the end token is one of those that count
+        rows = torch_logprobs(tiny, before + after)[len(before) - 1 : -1]
+        logprobs.append(rows[np.arange(len(after)), after])
+    expected = np.exp(-np.concatenate(logprobs).mean())
+    assert answer_perplexity(served, items, end_text="<eos>") == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_alternatives_of_an_answer_are_its_distributions(
+    tiny: TinyModel, engine: LlamaCppEngine
+) -> None:
+    answer = engine.greedy(PROMPT_IDS, max_tokens=4, top=3)
+    rows = torch_logprobs(tiny, [*PROMPT_IDS, *answer.token_ids])[len(PROMPT_IDS) - 1 :]
+    for row, top in zip(rows, answer.top_logprobs, strict=False):
+        assert set(top) == set(np.argsort(row)[::-1][:3])
+        for token, logprob in top.items():
+            assert logprob == pytest.approx(row[token], abs=2e-4)
+    assert len(answer.top_logprobs) >= len(answer.token_ids) > 0
