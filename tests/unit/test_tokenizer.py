@@ -159,6 +159,8 @@ def test_bytes_without_a_token_are_dropped_and_keep_their_neighbours_apart() -> 
     tokenizer = GGUFTokenizer.from_metadata(metadata)
     assert texts_of(tokenizer, tokenizer.encode("ab")) == ["ab"]
     assert texts_of(tokenizer, tokenizer.encode("axb")) == ["a", "b"]
+    library = Tokenizer.from_str(tokenizer.to_tokenizer_json())
+    assert library.encode("axb").tokens == ["a", "b"]
 
 
 @pytest.mark.parametrize("pre", ["deepseek-llm", "deepseek-coder"])
