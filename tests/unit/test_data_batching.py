@@ -14,7 +14,14 @@ from ollatune.data.batching import IGNORED, Batch, packed_batch, padded_batch
 from ollatune.data.loader import BatchLoader, LoaderSettings, evaluation_batches, prefetched
 from ollatune.data.order import SampleOrder
 from ollatune.data.packing import first_fit_decreasing
-from ollatune.data.store import Example, ExampleSet, StoredArrays, TokenStore, pack_tokens
+from ollatune.data.store import (
+    Example,
+    ExampleSet,
+    StoredArrays,
+    TokenStore,
+    WindowSet,
+    pack_tokens,
+)
 
 A = Example(np.array([10, 11, 12, 13], np.int32), np.array([False, False, True, True]))
 B = Example(np.array([20, 21], np.int32), np.array([False, True]))
@@ -217,6 +224,61 @@ def test_length_groups_waste_less_padding() -> None:
 
     assert waste(0) > 0.4
     assert waste(8) < 0.15
+
+
+def test_length_groups_and_batches_coincide_up_to_the_short_last_one() -> None:
+    lengths = np.random.default_rng(0).permutation(np.arange(2, 39))
+    order = SampleOrder(37, seed=5, lengths=lengths, group_size=4)
+    shown = lengths[order.of_epoch(0, 0, 37)]
+    groups = [shown[i : i + 4] for i in range(0, 37, 4)]
+    assert all(group.max() - group.min() == 3 for group in groups[:9])
+    assert groups[9].tolist() == [38]
+    assert [int(group[0]) for group in groups] != sorted(int(group[0]) for group in groups)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    documents=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    window=st.integers(2, 9),
+    overlap=st.integers(0, 8),
+    has_bos=st.booleans(),
+    has_masks=st.booleans(),
+)
+def test_windows_know_their_targets_and_learn_every_token_once(
+    documents: list[int], window: int, overlap: int, has_bos: bool, has_masks: bool
+) -> None:
+    overlap = min(overlap, window - 1)
+    masks = []
+    for number, length in enumerate(documents):
+        mask = np.ones(length, np.bool_)
+        mask[0] = not has_bos
+        if has_masks and number % 2:
+            mask[: length // 2] = False
+        masks.append(mask)
+    ends = np.cumsum(documents)
+    ids = np.arange(ends[-1])
+    packed = pack_tokens(ids, np.concatenate(masks))
+    count = len(documents)
+    arrays = StoredArrays(
+        packed,
+        np.concatenate([[0], ends]).astype(np.int64),
+        np.array([int(mask.sum()) for mask in masks]),
+        *(np.zeros(count, np.int64) for _ in range(3)),  # type: ignore[arg-type]
+        np.zeros(count),
+        np.full(count, -1),
+        np.arange(count),
+    )
+    windows = WindowSet(TokenStore([arrays]), np.arange(count), window=window, overlap=overlap)
+    learned: list[int] = []
+    for index in range(len(windows)):
+        example = windows[index]
+        assert len(example) == windows.lengths[index] <= window
+        assert example.num_targets == windows.num_targets[index] > 0
+        learned += example.token_ids[1:][example.is_target[1:]].tolist()
+    starts = set(range(0, int(ends[-1]), window)) if overlap == 0 else {0}
+    targets = set(ids[np.concatenate(masks)].tolist())
+    assert len(learned) == len(set(learned))
+    assert set(learned) == targets - starts
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

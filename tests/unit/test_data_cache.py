@@ -216,7 +216,10 @@ def test_a_killed_build_leaves_no_worker_and_is_continued(tmp_path: Path) -> Non
     script.write_text(SLOW_BUILD)
     process = subprocess.Popen(
         [sys.executable, str(script), str(data), str(tmp_path / "cache")],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
+        },
     )
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "cache").glob("*/chunk-*.json"))) < 3:

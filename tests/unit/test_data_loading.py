@@ -85,6 +85,29 @@ def test_the_split_does_not_depend_on_the_order_of_records(tmp_path: Path) -> No
     assert set(texts(forward.validation)) == set(texts(backward.validation))
 
 
+def test_several_examples_of_one_record_are_no_duplicates(tmp_path: Path) -> None:
+    class EachAnswer(ChatMLTemplate):
+        def render_training_examples(
+            self, messages: Any, tools: Any = None, targets: str = "all"
+        ) -> Any:
+            ends = [i + 1 for i, m in enumerate(messages) if m.role == "assistant"]
+            found = super().render_training_examples
+            return [
+                p
+                for end in (ends if targets == "all" else ends[-1:])
+                for p in found(messages[:end], tools, "last")
+            ]
+
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    rows = [{"messages": [{"role": r, "content": f"{c}{i}"} for r, c in turns]} for i in range(4)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    config = make_config(validation_fraction=0.25)
+    splits = load_examples(config, ByteTokenizer(), EachAnswer(), max_length=200, path=path)
+    assert (len(splits.train), len(splits.validation or ())) == (6, 2)
+    assert (len(splits.samples["train"]), len(splits.samples["validation"])) == (3, 1)
+    assert splits.report.num_duplicates == 0
+
+
 def test_leakage_between_named_splits_is_reported(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", exchanges(10))
     same_question = {"instruction": "question 3", "response": "another answer"}

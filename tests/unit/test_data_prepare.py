@@ -157,6 +157,9 @@ def test_too_few_records_to_split(tmp_path: Path) -> None:
     report = prepared(raw, tmp_path / "out")
     assert report.num_records == {"train": 1, "validation": 0, "test": 0}
     assert any("no validation split" in warning for warning in report.warnings)
+    raw = write_jsonl(tmp_path / "two.jsonl", exchanges(2))
+    report = prepared(raw, tmp_path / "out3", validation_fraction=0.9)
+    assert report.num_records == {"train": 1, "validation": 1, "test": 0}
     (tmp_path / "only").mkdir()
     write_jsonl(tmp_path / "only" / "test.jsonl", exchanges(3))
     with pytest.raises(InputError, match="No record is left to train on"):

@@ -186,6 +186,12 @@ def test_an_answer_longer_than_everything_keeps_its_end_and_bos() -> None:
     assert rendered.example.is_target.tolist() == [False] + [True] * 48 + [False]
 
 
+def test_the_first_token_of_a_cut_answer_is_no_target() -> None:
+    """Nothing stands before it that it could be predicted from."""
+    example = render(chat(("user", "q"), ("assistant", "a" * 200)), 50).example
+    assert example.is_target.tolist() == [False] + [True] * 48 + [False]
+
+
 def test_truncation_error_names_the_length() -> None:
     with pytest.raises(RecordError, match=r"a\.jsonl:3: \d+ tokens, at most 120 fit"):
         render(LONG, 120, truncation="error")

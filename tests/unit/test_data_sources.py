@@ -80,6 +80,13 @@ def test_json_arrays_are_read_alike_however_they_arrive(
         assert lines[record.position.line - 1][record.position.column - 1] == "{"
 
 
+def test_a_number_cut_in_the_middle_is_one_bad_record() -> None:
+    rejections = Rejections(skip_bad=True)
+    records = list(read_json(Drip(b'[123456789012345678, {"text": "a"}]', 0), HERE, rejections))
+    assert [record.value for record in records] == [{"text": "a"}]
+    assert [str(error.position) for error in rejections.errors] == ["a.json:1:2"]
+
+
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.tuples(st.text(), st.text(min_size=1)), min_size=1, max_size=6))
 def test_csv_is_read_as_the_standard_library_writes_it(rows: list[tuple[str, str]]) -> None:
