@@ -137,7 +137,7 @@ def test_the_named_base_is_not_there_and_no_server_answers(
     assert not Path("models/trained/run.json").exists()
 
 
-# ----- unit: what a run writes -----------------------------------------------------------------------------------------
+# ----- unit: what a run writes -----
 
 
 def test_a_checkpoint_holds_the_specifications_fields(tmp_path: Path) -> None:

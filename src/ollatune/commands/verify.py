@@ -23,6 +23,7 @@ from ollatune.evaluation.observe import TrainedModel
 from ollatune.evaluation.served import LlamaCppServed, OllamaServed, ServedModel
 from ollatune.evaluation.verify import VerifyReport, verify
 from ollatune.modeling.base import resolve_base
+from ollatune.modeling.load import Mode
 from ollatune.modeling.opened import OpenBase, open_base
 from ollatune.modeling.trained import TrainedLogprobs, load_trained
 from ollatune.ollama.modelfile import Modelfile
@@ -142,8 +143,9 @@ def check(
     num_prompts: int,
 ) -> VerifyReport:
     """Compare trainer and server on the first `num_prompts` questions."""
-    trained_model = load_trained(base, checkpoint, config)
-    base_model = load_trained(base, None, config)
+    mode: Mode = "packed" if checkpoint.base.get("mode") == "packed" else "dense"
+    trained_model = load_trained(base, checkpoint.model_state_dict, config, mode=mode)
+    base_model = load_trained(base, None, config, mode=mode)
     trained = TrainedModel(
         render=lambda messages: base.template.render_prompt(
             _with_system(messages, config.data.system or base.source.system)

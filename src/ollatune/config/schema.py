@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 TensorType = Literal[
-    "auto", "q8_0", "q6_K", "q5_K", "q4_K", "f16", "bf16", "f32", "q4_K_M", "q4_K_S", "q5_K_M"
-]
+    "auto", "base", "q8_0", "q6_K", "q5_K", "q4_K", "f16", "bf16", "f32",
+    "q4_K_M", "q4_K_S", "q5_K_M", "q5_K_S", "all_q8_0", "all_q6_K", "all_q4_0",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -206,9 +207,12 @@ class DataConfig(Section):
         "middle",
         description="Where an over-long example loses context; its answer's end and EOS always stay.",
     )
-    packing: bool = Field(
-        True,
-        description="Put examples end to end instead of padding them (attention stays separate).",
+    tokens_per_batch: PositiveInt | None = Field(
+        None,
+        description=(
+            "Fill micro-batches up to this many tokens instead of `training.batch_size` examples. Rows are packed, "
+            "never padded, either way, and examples never attend to each other."
+        ),
     )
     group_by_length: bool = Field(
         False, description="Batch examples of similar length together (instead of random batches)."

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ollatune.checkpoint.format import Checkpoint
 from ollatune.config.schema import Config
 from ollatune.modeling.fast.forward import CausalStep, evaluation_mode
-from ollatune.modeling.load import load_base_model
+from ollatune.modeling.load import Mode, load_base_model
 from ollatune.modeling.lora import LoRASettings, inject_lora, load_adapter_state
 from ollatune.modeling.opened import OpenBase
 
@@ -47,19 +46,19 @@ class TrainedLogprobs:
         return values
 
 
-def load_trained(base: OpenBase, checkpoint: Checkpoint | None, config: Config) -> nn.Module:
-    """The base in fp32 with the checkpoint's adapter or weights on it (None: the base alone).
+def load_trained(
+    base: OpenBase, state: Mapping[str, Tensor] | None, config: Config, *, mode: Mode = "dense"
+) -> nn.Module:
+    """The base in fp32 with a checkpoint's trained tensors on it (None: the base alone).
 
-    A base that does not fit dense is loaded packed. Raises UsageError where the checkpoint does not fit the base.
+    Raises UsageError where the tensors do not fit the base.
     """
-    mode = str(checkpoint.base.get("mode", "dense")) if checkpoint is not None else "dense"
-    model: nn.Module = load_base_model(base.gguf, mode="packed" if mode == "packed" else "dense")
-    if checkpoint is None:
+    model: nn.Module = load_base_model(base.gguf, mode=mode)
+    if state is None:
         return model
-    state = checkpoint.model_state_dict
     if any(".lora_A." in name for name in state):
         inject_lora(model, lora_settings(config), seed=0)
-        load_adapter_state(model, state)
+        load_adapter_state(model, dict(state))
         return model.eval()
     with torch.no_grad():
         parameters = dict(model.named_parameters())
