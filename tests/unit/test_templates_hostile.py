@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ollatune.base.errors import InputError
-from ollatune.templates import jinja
+from ollatune.templates import jinja, jinja_sandbox
 from ollatune.templates.jinja import JinjaTemplate
 from ollatune.templates.messages import Message
 
@@ -83,6 +83,35 @@ def refusal(name: str, folder: Path) -> tuple[str, float]:
 def test_hostile_templates_are_refused(name: str, tmp_path: Path) -> None:
     _, seconds = refusal(name, tmp_path)
     assert seconds <= LONGEST_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{{ cycler.__init__ }}", "it reaches for `__init__` of a type"),
+        ("{{ messages.append(1) }}", "it reaches for `append` of a list"),
+        ("{% for a in range(400) %}{% for b in range(400) %}{% endfor %}{% endfor %}", "it loops more than"),
+        ("{% for a in range(30) %}{{ 'x' * 100000 }}{% endfor %}", "it writes more than"),
+        ("{{ 'a' * 1000001 }}", "it repeats a value"),
+        ("{{ 2 ** 4097 }}", "it computes a number"),
+        ("{{ '%99999d' % 1 }}", "it formats text wider"),
+        ("{{ 'a'.ljust(10001) }}", "it pads text"),
+        ("{{ namespace(__a=1) }}", "it stores `__a` on a namespace"),
+        ("{% include 'x' %}", "it includes or imports another template"),
+        ("{% if %}", "it does not parse"),
+    ],
+)  # fmt: skip
+def test_each_guard_names_its_reason(text: str, reason: str) -> None:
+    request = {"template": text, "now": "2024-07-26", "conversations": [{"messages": []}]}
+    assert reason in jinja_sandbox.refusal(request)
+
+
+def test_the_child_process_may_not_use_much_memory() -> None:
+    text = "{{ ('a' * 20000) | replace('a', 'b' * 99999) | length }}"
+    with pytest.raises(InputError, match="MemoryError"):
+        JinjaTemplate(text, today=TODAY).render(
+            [Message("user", "Hello")], add_generation_prompt=True
+        )
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def test_tool_call_arguments_must_be_an_object() -> None:
 
 
 def test_tool_calls_and_results() -> None:
-    call = {"function": {"name": "f", "arguments": {"b": 2, "a": [1.5, None, True]}}}
+    call = {"function": {"name": "f", "arguments": {"b": 1234567, "a": [1.5, None, True]}}}
     messages = [
         Message("assistant", "", tool_calls=(call, call)),
         Message("tool", "1", tool_name="f"),
@@ -124,7 +124,7 @@ def test_tool_calls_and_results() -> None:
         "{{ range $k, $v := .Function.Arguments }}{{ $k }}:{{ $v }} {{ end }}{{ end }}"
         "{{ .ToolName }}{{ .Content }};{{ end }}"
     )
-    one = '0f{"a":[1.5,null,true],"b":2}a:[1.5 <nil> true] b:2 '
+    one = '0f{"a":[1.5,null,true],"b":1234567}a:[1.5 <nil> true] b:1.234567e+06 '
     assert render(template, messages) == f"{one}{one};f1;g2;"
 
 

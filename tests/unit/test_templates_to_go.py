@@ -114,6 +114,21 @@ def test_a_template_that_refuses_most_conversations_is_refused() -> None:
         to_go_template(load_chat_template(jinja_text=picky))
 
 
+def test_a_later_system_message_is_left_out_where_the_template_leaves_it_out() -> None:
+    text = TURN.replace("<{{", "{% if m.role != 'system' or loop.first %}<{{").replace(
+        "</s>", "</s>{% endif %}"
+    )
+    template = load_chat_template(jinja_text=text + PROMPT)
+    later = [
+        Message("user", "a"),
+        Message("assistant", "b"),
+        Message("system", "s"),
+        Message("user", "c"),
+    ]
+    expected = "<user>a</s><assistant>b</s><user>c</s><assistant>"
+    assert OllamaTemplate(to_go_template(template).text).render(later) == expected
+
+
 THINKING = (
     "{% for m in messages %}<{{ m.role }}>"
     "{% if m.reasoning_content and SHOWN %}<think>{{ m.reasoning_content }}</think>"
