@@ -13,10 +13,7 @@ from ollatune.templates.messages import Message
 from ollatune.templates.ollama_render import OllamaTemplate
 
 _FILE = Path(__file__).parents[1] / "data" / "go-template-goldens.jsonl"
-GOLDENS = [
-    json.loads(line)
-    for line in _FILE.read_text(encoding="utf-8").splitlines()
-]
+GOLDENS = [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlines()]
 
 
 def golden_message(message: dict[str, Any]) -> Message:
