@@ -39,9 +39,8 @@ class Conversation:
         for message in self.messages:
             for part in (message.role, message.content, message.thinking, message.tool_name):
                 encoded = part.encode()
-                hasher.update(
-                    b"%d:" % len(encoded)
-                )  # lengths keep ("ab", "c") and ("a", "bc") apart
+                # Lengths keep ("ab", "c") and ("a", "bc") apart.
+                hasher.update(b"%d:" % len(encoded))
                 hasher.update(encoded)
             if message.tool_calls:
                 hasher.update(_canonical(message.tool_calls))
