@@ -243,6 +243,8 @@ def test_digests_differ_where_the_content_does() -> None:
 
     assert digest("a", "b") == digest("a", "b")
     assert len({digest("a", "b"), digest("ab", ""), digest("", "ab"), digest("a", "c")}) == 4
+    answers = (ChatMessage("assistant", "ab"), ChatMessage("assistant", "a", thinking="b"))
+    assert len({Conversation((answer,)).digest() for answer in answers}) == 2
     first, second = (
         Conversation((ChatMessage("user", "q"), ChatMessage("assistant", a))) for a in "xy"
     )
