@@ -86,11 +86,15 @@ def test_greedy_answers_equal_pytorch_and_keep_their_order(
 
 def test_a_stop_text_ends_the_answer_and_is_cut_off(engine: LlamaCppEngine) -> None:
     whole = engine.greedy(PROMPT_IDS, max_tokens=12)
-    assert len(whole.text) >= 6
-    stop = whole.text[3:6]
-    cut = engine.greedy(PROMPT_IDS, max_tokens=12, stop=[stop])
+    pieces = [
+        engine._call("POST", "/detokenize", {"tokens": [t]})["content"] for t in whole.token_ids
+    ]
+    at = next(i for i in range(2, 12) if pieces[i] not in "".join(pieces[:i]))
+    cut = engine.greedy(PROMPT_IDS, max_tokens=12, stop=[pieces[at]], top=1)
     assert cut.finish_reason == "stop"
-    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.text == "".join(pieces[:at])
+    assert cut.token_ids == whole.token_ids[:at]
+    assert len(cut.top_logprobs) <= at  # the server drops some before a stop text
 
 
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(engine: LlamaCppEngine) -> None:
@@ -160,3 +164,18 @@ def test_the_alternatives_of_an_answer_are_its_distributions(
         for token, logprob in top.items():
             assert logprob == pytest.approx(row[token], abs=2e-4)
     assert len(answer.top_logprobs) >= len(answer.token_ids) > 0
+
+
+@pytest.mark.weights
+def test_half_a_character_has_its_logprob_too(smollm2_path: Path) -> None:
+    with LlamaCppEngine(smollm2_path, context=256, threads=1) as engine:
+        prompt, llama = engine.tokenize("An animal: "), engine.tokenize("\N{LLAMA}")
+        assert len(llama) == 3  # the server reports no probabilities until the character is whole
+        before = [prompt + llama[:length] for length in range(3)]
+        rows = engine.logprobs_for(before)
+        found = engine.target_logprobs(prompt, llama)
+        # one piece and token by token are computed by different kernels, which differ on quantised weights
+        np.testing.assert_allclose(found, rows[np.arange(3), llama], atol=0.2)
+        answer = engine.greedy("\N{LLAMA}" * 8, max_tokens=6, top=2)
+        assert answer.text == "\N{LLAMA}" * 2
+        assert [len(top) for top in answer.top_logprobs] == [0, 0, 2, 0, 0, 2]

@@ -8,6 +8,7 @@ PyTorch gives to about 1e-4 in a logprob.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -34,13 +35,16 @@ _REQUEST_TIMEOUT_SECONDS = 3600.0
 _FORCING_BIAS = 1e4
 """Added to one token's logit it makes greedy choice take that token, while the reported logprobs stay untouched."""
 
+_MAX_STOP_TOKENS = 32
+_COMPARED_CHARACTERS = 24
+
 
 @dataclass(frozen=True)
 class Generation:
     """A greedy answer. `token_ids` is without the end-of-generation token; "length": cut at max_tokens.
 
     `top_logprobs`, where asked for: per position the most probable token ids with their logprobs, the position of the
-    end token included.
+    end token included; empty for a token after which a character is incomplete.
     """
 
     text: str
@@ -134,8 +138,9 @@ class LlamaCppEngine:
         """`next_token_logprobs` of each prompt, float32[len(prompts), vocab_size]."""
         logprobs_PV = np.full((len(prompts), self.vocab_size), -np.inf, dtype=np.float32)
         for row, prompt in enumerate(prompts):
-            answer = self._complete(prompt, num_alternatives=self.vocab_size)
-            alternatives = answer["completion_probabilities"][0]["top_logprobs"]
+            alternatives = self._position_forced_to(
+                self._whole_character_id, prompt, self.vocab_size
+            )
             ids = np.fromiter((item["id"] for item in alternatives), np.int64, len(alternatives))
             values = [_number(item["logprob"]) for item in alternatives]
             logprobs_PV[row, ids] = np.asarray(values, dtype=np.float32)
@@ -146,18 +151,12 @@ class LlamaCppEngine:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         logprobs_T = np.empty(len(target_ids), dtype=np.float32)
         for position, token in enumerate(target_ids):
-            answer = self._complete(
-                [*ids, *target_ids[:position]],
-                num_alternatives=1,
-                keeps_cache=True,
-                logit_bias=[[int(token), _FORCING_BIAS]],
-            )
-            chosen = answer["completion_probabilities"][0]
-            if chosen["id"] != token:
-                raise ServiceError(
-                    f"llama.cpp chose token {chosen['id']} where {token} was forced."
-                )
-            logprobs_T[position] = _number(chosen["logprob"])
+            before = [*ids, *target_ids[:position]]
+            found = self._position_forced_to(int(token), before, 1, keeps_cache=True)
+            if found:
+                logprobs_T[position] = _number(found[0]["logprob"])
+            else:
+                logprobs_T[position] = self.next_token_logprobs(before)[token]
         return logprobs_T
 
     def greedy(
@@ -189,7 +188,7 @@ class LlamaCppEngine:
             return_tokens=True,
         )
         rows = answers if isinstance(answers, list) else [answers]
-        return [_generation(row) for row in sorted(rows, key=lambda row: int(row["index"]))]
+        return [self._generation(row) for row in sorted(rows, key=lambda row: int(row["index"]))]
 
     def close(self) -> None:
         """Stop the server and its threads and free the model. Calling it again does nothing."""
@@ -205,6 +204,57 @@ class LlamaCppEngine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _position_forced_to(
+        self, token: int, prompt: Prompt, num_alternatives: int, *, keeps_cache: bool = False
+    ) -> list[dict[str, Any]]:
+        """The alternatives after `prompt`, the chosen token being made `token`; with one alternative that token itself.
+
+        Empty where `token` is a part of a character: the server then reports nothing.
+        """
+        answer = self._complete(
+            prompt,
+            num_alternatives=num_alternatives,
+            keeps_cache=keeps_cache,
+            logit_bias=[[token, _FORCING_BIAS]],
+        )
+        positions = answer.get("completion_probabilities")
+        if not positions:
+            return []
+        chosen: dict[str, Any] = positions[0]
+        if chosen["id"] != token:
+            raise ServiceError(f"llama.cpp chose token {chosen['id']} where {token} was forced.")
+        return [chosen] if num_alternatives == 1 else list(chosen["top_logprobs"])
+
+    def _generation(self, answer: dict[str, Any]) -> Generation:
+        tokens = [int(token) for token in answer["tokens"]]
+        ending = answer["stop_type"]
+        if ending == "word":
+            tokens = self._before_stop_text(tokens, str(answer["content"]))
+        return Generation(
+            text=str(answer["content"]),
+            # an end token is the last of `tokens`
+            token_ids=tuple(tokens[:-1] if ending == "eos" else tokens),
+            finish_reason="length" if ending == "limit" else "stop",
+            num_prompt_tokens=int(answer["tokens_evaluated"]),
+            top_logprobs=_alternatives(tokens, answer.get("completion_probabilities", ())),
+        )
+
+    def _before_stop_text(self, tokens: list[int], text: str) -> list[int]:
+        """`tokens` without those of the stop text, which the server takes out of the text alone.
+
+        A token within which the stop text begins goes as well.
+        """
+        for end in range(len(tokens), max(0, len(tokens) - _MAX_STOP_TOKENS) - 1, -1):
+            said = self._call("POST", "/detokenize", {"tokens": tokens[:end]})["content"]
+            if text.endswith(said[-_COMPARED_CHARACTERS:]):
+                return tokens[:end]
+        return tokens
+
+    @functools.cached_property
+    def _whole_character_id(self) -> int:
+        """A token that is no part of a character."""
+        return self.tokenize("0", add_special=False)[-1]
 
     def _complete(
         self,
@@ -296,17 +346,16 @@ def _number(value: float | None) -> float:
     return -np.inf if value is None else value  # JSON has no infinity; the server writes null
 
 
-def _generation(answer: dict[str, Any]) -> Generation:
-    token_ids = tuple(int(token) for token in answer["tokens"])
-    is_ended = answer["stop_type"] == "eos"  # the end token is then the last of `tokens`
-    positions = answer.get("completion_probabilities", ())
-    return Generation(
-        text=str(answer["content"]),
-        token_ids=token_ids[:-1] if is_ended else token_ids,
-        finish_reason="length" if answer["stop_type"] == "limit" else "stop",
-        num_prompt_tokens=int(answer["tokens_evaluated"]),
-        top_logprobs=tuple(
-            {int(item["id"]): _number(item["logprob"]) for item in position["top_logprobs"]}
-            for position in positions
-        ),
-    )
+def _alternatives(
+    tokens: Sequence[int], positions: Sequence[dict[str, Any]]
+) -> tuple[dict[int, float], ...]:
+    """Per token its alternatives. The server leaves tokens out until a character is whole; theirs are empty."""
+    found: list[dict[int, float]] = []
+    remaining = list(reversed(positions))
+    for token in tokens:
+        if remaining and int(remaining[-1]["id"]) == token:
+            items = remaining.pop()["top_logprobs"]
+            found.append({int(item["id"]): _number(item["logprob"]) for item in items})
+        else:
+            found.append({})
+    return tuple(found) if positions else ()

@@ -110,11 +110,12 @@ class LlamaCppServed:
             stop=self.stops,
             top=self.num_top if with_logprobs else 0,
         )
-        ids = [*generation.token_ids, None]  # the last is where the model chose to end
+        tops = generation.top_logprobs
         tokens = [
-            ServedToken(b"" if token is None else None, token, top)
-            for token, top in zip(ids, generation.top_logprobs, strict=False)
+            ServedToken(None, token, tops[index] if index < len(tops) else {})
+            for index, token in enumerate(generation.token_ids)
         ]
+        tokens += [ServedToken(b"", None, top) for top in tops[len(tokens) :]]
         return ServedAnswer(
             generation.text, generation.finish_reason, generation.num_prompt_tokens, tuple(tokens)
         )
