@@ -182,6 +182,13 @@ def create_modelfile(
         bool | None,
         typer.Option("--accept-recovery", help="Write tensors whose update does not survive."),
     ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="gguf: merged, serves everywhere. adapter: GGUF LoRA on its base. hf: for Transformers.",
+        ),
+    ] = "gguf",
     create: Annotated[
         str | None,
         typer.Option("--create", help="Also create this model in Ollama, and verify it."),
@@ -196,7 +203,7 @@ def create_modelfile(
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
 ) -> None:
-    """Export a checkpoint as a GGUF with its Modelfile.
+    """Export a checkpoint for Ollama (GGUF with its Modelfile) or for Transformers.
 
     Example: ollatune create-modelfile --checkpoint models/trained/best_model.pt --output models/ollama/
     """
@@ -219,6 +226,7 @@ def create_modelfile(
             create,
             force,
             dry_run,
+            format,
         )
     )
     _finish(result, as_json, _export_text)
@@ -227,6 +235,10 @@ def create_modelfile(
 def _export_text(result: dict[str, Any]) -> str:
     if result.get("dry_run"):
         return ""
+    if "folder" in result:
+        return f"Next:\n  AutoModelForCausalLM.from_pretrained({result['folder']!r})"
+    if created := result.get("created"):
+        return f"Next:\n  ollama run {created['name']}"
     return f"Next:\n  ollama create my-model -f {result['modelfile']}\n  ollama run my-model"
 
 
@@ -246,6 +258,10 @@ def verify(
     ] = None,
     host: Annotated[str | None, typer.Option("--host", help="The server's address.")] = None,
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Questions to compare.")] = 6,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="The base, where it is no longer under its old name."),
+    ] = None,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
 ) -> None:
@@ -256,7 +272,7 @@ def verify(
     from ollatune.commands.verify import VerifyOptions, run_verify
 
     configure_logging(level=logging.DEBUG if verbose else logging.INFO)
-    result = run_verify(VerifyOptions(checkpoint, export, data, model, host, prompts))
+    result = run_verify(VerifyOptions(checkpoint, export, data, model, host, prompts, base))
     _finish(result, as_json, lambda found: "Verified." if found["passed"] else "")
 
 
@@ -286,6 +302,10 @@ def evaluate(
         list[str] | None, typer.Option("--require", help='A gate, e.g. "exact_match>=0.7".')
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 256,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="The base, where it is no longer under its old name."),
+    ] = None,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
 ) -> None:
@@ -299,7 +319,7 @@ def evaluate(
     result = run_evaluate(
         EvaluateOptions(
             checkpoint, export, data, model, base_model, host, tuple(metric or ()),
-            tuple(requirement or ()), max_tokens,
+            tuple(requirement or ()), max_tokens, base,
         )
     )  # fmt: skip
     _finish(result, as_json, evaluation_text)
@@ -488,7 +508,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = app(_with_dashes(given), prog_name="ollatune", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except OllatuneError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        if not error.is_quiet:
+            print(f"error: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted.", file=sys.stderr)

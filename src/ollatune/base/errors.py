@@ -10,7 +10,8 @@
     ├── OutOfMemoryError           7   does not fit even at the smallest micro-batch
     ├── LockedError                8   another run owns the output folder
     ├── VerificationError          9   what is served is not what was trained
-    └── Interrupted          130/143   Ctrl-C or SIGTERM, state saved
+    ├── Interrupted          130/143   Ctrl-C or SIGTERM, state saved
+    └── EndedElsewhereError            another process of the same run failed; with its code
 
 A message says what was found, what was expected, where, and what to do next. `hint` holds the last of these, so
 that a caller that knows more can replace it. Raise these anywhere; only `ollatune.cli` turns them into text.
@@ -25,6 +26,8 @@ class OllatuneError(Exception):
     """Base of all our errors. `str(error)` is the whole paragraph a user sees, hint included."""
 
     exit_code = 1
+    is_quiet = False
+    """Whether the message has been said already, by another process of the same run."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -90,3 +93,13 @@ class Interrupted(OllatuneError):
     def __init__(self, message: str, *, signal_number: int, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+class EndedElsewhereError(OllatuneError):
+    """Another process of this run failed first and has said why; this one ends with the same code, silently."""
+
+    is_quiet = True
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -66,7 +66,10 @@ class TrainingConfig(Section):
     )
     batch_size: PositiveInt | Literal["auto"] = Field(
         4,
-        description="Examples in one micro-batch on one process. `auto` finds the largest that fits.",
+        description=(
+            "Examples in one micro-batch on one process. `auto` cuts the optimiser batch of the default size into the "
+            "largest micro-batches that fit."
+        ),
     )
     gradient_accumulation_steps: PositiveInt = Field(
         8, description="Micro-batches in one optimiser batch."
@@ -109,7 +112,6 @@ class TrainingConfig(Section):
         True,
         description="Use the fused training step where it is exact; False runs Transformers' own.",
     )
-    compile: bool = Field(False, description="Run the model through torch.compile.")
     seed: int = Field(
         42, ge=0, le=2**32 - 1, description="Seed of Python, NumPy, torch and data order."
     )
@@ -277,9 +279,12 @@ class OllamaConfig(Section):
 
 class DistributedConfig(Section):
     backend: Literal["ddp", "fsdp", "deepspeed"] = Field(
-        "ddp", description="How processes share the work under `--distributed`."
+        "ddp",
+        description=(
+            "How processes share the work under `--distributed`: `ddp` holds the model on each. The other two are "
+            "refused: this version does not have them."
+        ),
     )
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage.")
     timeout_seconds: PositiveInt = Field(
         600, description="A collective that takes longer ends the run with an error."
     )

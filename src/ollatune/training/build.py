@@ -30,10 +30,12 @@ from ollatune.modeling.lora import (
 from ollatune.modeling.opened import OpenBase, renderer_parts
 from ollatune.modeling.trained import lora_settings
 from ollatune.templates.messages import Message
+from ollatune.training.batch_plan import BatchPlan, configured_plan, probed_plan
 from ollatune.training.distributed import Processes
 from ollatune.training.environment import DTYPES
-from ollatune.training.loop import Hooks, TrainingRun
+from ollatune.training.loop import TrainingRun
 from ollatune.training.optimizer import build_optimizer
+from ollatune.training.reports import Hooks
 from ollatune.training.schedule import Schedule
 from ollatune.training.state import RunState, seed_everything
 from ollatune.training.stopping import EarlyStopping, OverfittingWatch
@@ -134,29 +136,37 @@ def sources_of(config: Config) -> list[DataSource]:
     return list(config.data.sources)
 
 
-def make_loader(config: Config, splits: DatasetSplits, processes: Processes) -> BatchLoader:
-    """The training stream of this process."""
-    training = config.training
-    batch_size = training.batch_size if isinstance(training.batch_size, int) else 1
+def make_loader(
+    config: Config, splits: DatasetSplits, processes: Processes, plan: BatchPlan | None = None
+) -> BatchLoader:
+    """The training stream of this process, cut as `plan` says (None: as configured)."""
+    plan = plan or configured_plan(config)
     order = make_order(
-        splits.train, config.data, seed=training.seed, sources=sources_of(config),
-        group_size=batch_size,
+        splits.train, config.data, seed=config.training.seed, sources=sources_of(config),
+        group_size=plan.batch_size,
     )  # fmt: skip
     return BatchLoader(
         splits.train,
         order,
         LoaderSettings(
-            batch_size=batch_size,
-            accumulation_steps=training.gradient_accumulation_steps,
+            batch_size=plan.batch_size,
+            accumulation_steps=plan.accumulation_steps,
             rank=processes.rank,
             world_size=processes.count,
         ),
     )
 
 
-def total_steps(config: Config, loader: BatchLoader) -> int:
-    """Optimiser steps of the whole run."""
-    steps = sum(loader.steps_per_epoch(epoch) for epoch in range(config.training.epochs))
+def total_steps(config: Config, loader: BatchLoader, state: RunState | None = None) -> int:
+    """Optimiser steps of the whole run: those that `state` has done (None: none yet), and those still to do."""
+    state = state or RunState()
+    epochs = range(state.epoch, config.training.epochs)
+    steps = state.step + sum(loader.steps_per_epoch(epoch) for epoch in epochs)
+    settings = loader.settings
+    examples = settings.batch_size * settings.accumulation_steps * settings.world_size
+    if epochs:  # the first of them may have begun
+        left = loader.epoch_size - state.position % loader.epoch_size
+        steps += -(-left // examples) - loader.steps_per_epoch(state.epoch)
     limit = config.training.max_steps
     return steps if limit is None else min(steps, limit)
 
@@ -214,8 +224,12 @@ def build_run(
     placement: Placement,
     processes: Processes,
     hooks: Hooks,
+    plan: BatchPlan | None = None,
 ) -> TrainingRun:
-    """Model, optimiser, schedule and loader of a new run; `checkpointing.restore` turns it into a resumed one."""
+    """Model, optimiser, schedule and loader of a new run; `checkpointing.restore` turns it into a resumed one.
+
+    Without a `plan` the optimiser batch is cut as configured, or by probing where that says `auto`.
+    """
     seed_everything(config.training.seed, deterministic=config.training.deterministic)
     model = build_model(
         config, base, dtype=placement.dtype, mode=placement.mode, device=placement.device
@@ -226,8 +240,6 @@ def build_run(
         format_count(count_parameters(parameters)),
         format_count(sum(p.numel() for p in model.parameters())),
     )
-    loader = make_loader(config, splits, processes)
-    num_steps = total_steps(config, loader)
     training = config.training
     step_function = CausalStep(
         model,
@@ -235,11 +247,19 @@ def build_run(
         use_fast_path=training.fast_path,
         recompute=training.activation_checkpointing,
     )
+    trained = [parameter for _, parameter in parameters]
+    loader = make_loader(config, splits, processes, plan)
+    if plan is None and training.batch_size == "auto":
+        plan = probed_plan(
+            configured_plan(config), step_function, loader, trained, processes
+        )  # fmt: skip
+        loader = make_loader(config, splits, processes, plan)
+    num_steps = total_steps(config, loader)
     return TrainingRun(
         config=config,
         model=model,
         step_function=step_function,
-        parameters=[parameter for _, parameter in parameters],
+        parameters=trained,
         optimizer=build_optimizer(parameters, config.training),
         schedule=make_schedule(config, num_steps),
         loader=loader,

@@ -87,6 +87,10 @@ def make_checkpoint(
             "dropout": [layer.dropout for layer in lora_layers(run.model).values()],
             "data_digest": identity.data_digest,
             "overrides": identity.overrides,
+            "batch_plan": {
+                "batch_size": run.loader.settings.batch_size,
+                "micro_batches": run.loader.settings.accumulation_steps * run.processes.count,
+            },
         }
         if with_optimizer
         else {},
@@ -156,7 +160,7 @@ FREE_KEYS = (
     "training.early_stopping_patience", "training.early_stopping_min_delta", "training.on_non_finite",
     "training.overfitting_patience", "training.overfitting_raise_dropout", "training.max_steps",
     "validation.", "export.", "ollama.", "output.", "distributed.",
-    "training.activation_checkpointing", "training.fast_path", "training.compile", "advanced.share_prefixes",
+    "training.activation_checkpointing", "training.fast_path", "advanced.share_prefixes",
 )  # fmt: skip
 WARN_KEYS = (
     "training.epochs", "training.learning_rate", "training.scheduler", "training.scheduler_power",

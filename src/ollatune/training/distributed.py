@@ -1,4 +1,4 @@
-"""Several processes on one optimiser batch: who computes what, and exact sums over all of them.
+"""Several processes on one optimiser batch: who computes what, exact sums over all of them, one error for all.
 
 Gradients are summed, not averaged: the loss is already divided by the number of targets over all processes, so 1, 2
 and 4 processes give the same update.
@@ -6,24 +6,43 @@ and 4 processes give the same update.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ollatune.base.errors import UsageError
+from ollatune.base.errors import (
+    DivergedError,
+    EndedElsewhereError,
+    Interrupted,
+    OllatuneError,
+    OutOfMemoryError,
+    UsageError,
+)
+
+_AGREED = (DivergedError, Interrupted, OutOfMemoryError)
+"""Errors that all processes raise together: it does not matter which of them speaks."""
 
 
 class Processes:
     """The processes of this run. With one process everything here is free of communication."""
 
-    def __init__(self, rank: int = 0, count: int = 1, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        count: int = 1,
+        device: torch.device | None = None,
+        store: Any = None,
+    ) -> None:
         self.rank = rank
         self.count = count
         self.device = device or torch.device("cpu")
+        self._store = store
 
     @property
     def is_main(self) -> bool:
@@ -35,6 +54,21 @@ class Processes:
             return value
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
         dist.all_reduce(tensor)
+        return int(tensor)
+
+    def max(self, value: int) -> int:
+        """Largest of an integer over all processes."""
+        return self._extreme(value, dist.ReduceOp.MAX)
+
+    def min(self, value: int) -> int:
+        """Smallest of an integer over all processes."""
+        return self._extreme(value, dist.ReduceOp.MIN)
+
+    def _extreme(self, value: int, operation: dist.ReduceOp.RedOpType) -> int:
+        if self.count == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=operation)
         return int(tensor)
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
@@ -67,6 +101,38 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def ended_by(self, error: Exception) -> Exception:
+        """What this process raises for `error`: the error itself, or a silent one where another process failed first.
+
+        The first failure is put where all processes see it. The others then fail for want of a partner, and say
+        nothing: there is one message, whichever process it comes from.
+        """
+        if self.count == 1 or self._store is None or isinstance(error, EndedElsewhereError):
+            return error
+        code = error.exit_code if isinstance(error, OllatuneError) else 1
+        mine = json.dumps({"rank": self.rank, "code": code, "message": str(error)})
+        key = f"ollatune/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        try:
+            first = json.loads(self._store.compare_set(key, "", mine))
+        except (RuntimeError, ValueError):  # the store died with the process that held it
+            return error
+        if first["rank"] != self.rank:
+            return EndedElsewhereError(
+                f"Process {first['rank']}: {first['message']}", exit_code=first["code"]
+            )
+        if self.rank and isinstance(error, OllatuneError) and not isinstance(error, _AGREED):
+            error.message = f"Process {self.rank}: {error.message}"
+        return error
+
+
+def require_backend(name: str) -> None:
+    """Raise UsageError for a way of sharing the work that this version does not have."""
+    if name != "ddp":
+        raise UsageError(
+            f"distributed.backend: {name} is not available in this version.",
+            hint="Use ddp. If the weights do not fit one device, keep them packed: model.quantization: as-served.",
+        )
+
 
 def connect_processes(device: torch.device, *, timeout_seconds: int) -> Processes:
     """Join the processes that torchrun or `accelerate launch` started. Raises UsageError where none did."""
@@ -77,8 +143,13 @@ def connect_processes(device: torch.device, *, timeout_seconds: int) -> Processe
         )
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(seconds=timeout_seconds))
-    return Processes(state.process_index, state.num_processes, device)
+    timeout = timedelta(seconds=timeout_seconds)
+    state = PartialState(cpu=device.type == "cpu", timeout=timeout)
+    store = None
+    if state.num_processes > 1:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = cast(Any, dist).TCPStore(address, port, is_master=False, timeout=timeout)
+    return Processes(state.process_index, state.num_processes, device, store)
 
 
 def disconnect_processes() -> None:

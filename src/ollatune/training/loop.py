@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from ollatune.base.errors import DivergedError, Interrupted, OutOfMemoryError
 from ollatune.base.faults import fault_point
@@ -27,44 +28,22 @@ from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.lora import lora_layers
 from ollatune.training.distributed import Processes
 from ollatune.training.interrupts import StopRequest
+from ollatune.training.memory_faults import OUT_OF_MEMORY_HINT, is_out_of_memory
 from ollatune.training.optimizer import set_learning_rate
+from ollatune.training.reports import (
+    Hooks,
+    MicroBatchSums,
+    NonFiniteError,
+    RanOutOfMemoryError,
+    StepReport,
+)
 from ollatune.training.rows import row_of
 from ollatune.training.schedule import Schedule
-from ollatune.training.state import RunState
+from ollatune.training.state import RunState, seed_step
 from ollatune.training.stopping import EarlyStopping, OverfittingWatch
 
 MAX_SKIPS_IN_A_ROW = 3
 MAX_ROLLBACKS = 3
-
-
-@dataclass
-class StepReport:
-    """What one optimiser step did; losses are means per target token.
-
-    `num_tokens` of the examples were trained on; with shared beginnings fewer, `num_computed`, were computed.
-    """
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    num_tokens: int
-    num_computed: int
-    num_targets: int
-    seconds: float
-
-
-class NonFiniteError(Exception):
-    """Loss or gradient of the optimiser batch is NaN or infinite; nothing has been updated."""
-
-
-@dataclass
-class Hooks:
-    """What the loop reports to; each is called on every process and decides itself where it writes."""
-
-    on_step: Callable[[RunState, StepReport], None]
-    validate: Callable[[RunState], float | None]
-    save: Callable[[RunState, str, bool], None]
-    roll_back: Callable[[], RunState]
 
 
 @dataclass
@@ -119,7 +98,7 @@ class TrainingRun:
         if epoch_ended or is_last or (every and state.step % every == 0):
             self._validate(epoch_ended)
         elif save_every and state.step % save_every == 0:
-            self.hooks.save(state, f"step_{state.step}.pt", False)
+            self._save(f"step_{state.step}.pt", is_best=False)
         fault_point("train.boundary")
 
     def _validate(self, epoch_ended: bool) -> None:
@@ -135,13 +114,17 @@ class TrainingRun:
             self._watch_overfitting(state.train_loss, state.val_loss)
             state.stopped_early = self.early_stopping.should_stop
         name = f"epoch_{state.epoch}.pt" if epoch_ended else f"step_{state.step}.pt"
-        self.hooks.save(state, name, is_best)
+        self._save(name, is_best=is_best)
         if state.stopped_early:
             get_logger("training").info(
                 "Stopped early: no improvement over %.4f in the last %d validations.",
                 self.early_stopping.best,
                 self.early_stopping.num_bad,
             )
+
+    def _save(self, name: str, *, is_best: bool) -> None:
+        self.state.last_saved_step = self.state.step
+        self.hooks.save(self.state, name, is_best)
 
     def _watch_overfitting(self, train_loss: float, val_loss: float) -> None:
         advice = self.overfitting.update(train_loss, val_loss)
@@ -155,8 +138,8 @@ class TrainingRun:
 
     def _stop(self, signal_number: int) -> None:
         name = f"step_{self.state.step}.pt"
-        if self.state.last_validated_step != self.state.step and self.state.step > 0:
-            self.hooks.save(self.state, name, False)
+        if self.state.step > 0 and self.state.last_saved_step != self.state.step:
+            self._save(name, is_best=False)
         raise Interrupted(
             f"Stopped after step {self.state.step} of {self.total_steps}; the state is saved.",
             signal_number=signal_number,
@@ -168,16 +151,21 @@ class TrainingRun:
         fault_point("train.step")
         started = time.perf_counter()
         report: StepReport | None = None
-        while True:
-            try:
-                report = self._optimizer_step(step, started)
-                break
-            except NonFiniteError as error:
-                if not self._handle_non_finite(str(error)):
-                    return False
-                break
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                self._split_micro_batches(step, error)
+        if step.position in self.state.skipped_positions:
+            get_logger("training").warning(
+                "Step %d is left out: it was not finite before the roll-back.", self.state.step + 1
+            )
+        else:
+            while True:
+                try:
+                    report = self._optimizer_step(step, started)
+                    break
+                except NonFiniteError as error:
+                    if not self._handle_non_finite(step, str(error)):
+                        return False
+                    break
+                except RanOutOfMemoryError as error:
+                    self._split_micro_batches(step, error)
         state = self.state
         state.position = step.position_after
         state.step += 1
@@ -190,59 +178,94 @@ class TrainingRun:
     def _optimizer_step(self, step: Step, started: float) -> StepReport:
         state, num_targets = self.state, max(1, step.num_target_tokens)
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        num_tokens = num_computed = 0
-        for batch in step.micro_batches(state.split):
-            row = row_of(batch, share=self.shares_prefixes).to(self.device)
-            fault_point("train.micro_batch")
-            loss = self.step_function.loss_sum(row)
-            (loss / num_targets).backward()
-            loss_sum += loss.detach()
-            num_tokens += row.num_tokens_unshared
-            num_computed += row.num_tokens
+        seed_step(self.config.training.seed, step.position, self.processes.rank)
+        sums = self._accumulate(step, num_targets)
+        loss_sum, num_tokens, num_computed = self._sum_over_processes(sums)
+        mean_loss = loss_sum / num_targets
         self.processes.sum_gradients(self.parameters)
-        mean_loss = float(self.processes.sum_tensor(loss_sum)) / num_targets
         grad_norm = float(self._clip())
-        if fault_point("train.loss"):
-            mean_loss = math.nan
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(f"loss {mean_loss}, gradient norm {grad_norm}")
         rate = self.schedule.at(state.step) * state.learning_rate_factor
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        num_tokens, num_computed = self.processes.sum(num_tokens), self.processes.sum(num_computed)
+        with record_function("optimizer"):
+            self.optimizer.step()
         state.tokens += num_tokens
         state.targets += num_targets
         state.epoch_loss_sum += mean_loss * num_targets
         state.epoch_targets += num_targets
-        seconds = time.perf_counter() - started
         return StepReport(
-            mean_loss, grad_norm, rate, num_tokens, num_computed, num_targets, seconds
+            mean_loss, grad_norm, rate, num_tokens, num_computed, num_targets,
+            time.perf_counter() - started, sums.data_seconds,
+        )  # fmt: skip
+
+    def _accumulate(self, step: Step, num_targets: int) -> MicroBatchSums:
+        """Forward and backward over this process's micro-batches; stops where memory runs out."""
+        sums = MicroBatchSums(torch.zeros((), dtype=torch.float64, device=self.device))
+        try:
+            batches = step.micro_batches(self.state.split)
+            while True:
+                started = time.perf_counter()
+                with record_function("data"):
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    row = row_of(batch, share=self.shares_prefixes).to(self.device)
+                sums.data_seconds += time.perf_counter() - started
+                fault_point("train.micro_batch")
+                with record_function("forward"):
+                    loss = self.step_function.loss_sum(row)
+                with record_function("backward"):
+                    (loss / num_targets).backward()
+                sums.loss += loss.detach()
+                sums.num_tokens += row.num_tokens_unshared
+                sums.num_computed += row.num_tokens
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            sums.memory_error = error.with_traceback(None)  # its frames hold the activations
+        if fault_point("train.loss"):
+            sums.loss.fill_(math.nan)
+        return sums
+
+    def _sum_over_processes(self, sums: MicroBatchSums) -> tuple[float, int, int]:
+        """Loss, tokens and computed tokens of all processes; all of them learn that one ran out of memory."""
+        ran_out = float(sums.memory_error is not None)
+        counts = torch.tensor(
+            [sums.num_tokens, sums.num_computed, ran_out], dtype=torch.float64, device=self.device
         )
+        totals = self.processes.sum_tensor(torch.cat([sums.loss[None], counts]))
+        loss_sum, num_tokens, num_computed, ran_out = totals.tolist()
+        if ran_out:
+            raise RanOutOfMemoryError from sums.memory_error
+        return loss_sum, int(num_tokens), int(num_computed)
 
     def _clip(self) -> torch.Tensor:
         limit = self.config.training.max_grad_norm or math.inf
         return nn.utils.clip_grad_norm_(list(self.parameters), limit)
 
-    def _handle_non_finite(self, what: str) -> bool:
+    def _handle_non_finite(self, step: Step, what: str) -> bool:
         """Apply `on_non_finite`; returns False when the state was rolled back (the step is not counted)."""
         state, action = self.state, self.config.training.on_non_finite
         where = f"step {state.step + 1}: {what}"
         self.optimizer.zero_grad(set_to_none=True)
         if action == "skip" and state.skipped_in_a_row < MAX_SKIPS_IN_A_ROW:
             state.skipped_in_a_row += 1
+            state.num_skipped += 1
             get_logger("training").warning("Not finite at %s. The step is skipped.", where)
             return True
-        if action == "rollback" and state.num_rollbacks < MAX_ROLLBACKS:
+        if action == "rollback" and state.num_rollbacks < MAX_ROLLBACKS and state.last_saved_step:
             get_logger("training").warning(
-                "Not finite at %s. Back to the last good checkpoint, with half the learning rate.",
+                "Not finite at %s. Back to the last good checkpoint, with half the learning rate; "
+                "this step's batch is left out.",
                 where,
             )
-            skip_to, rollbacks = state.position, state.num_rollbacks
+            skipped = [*state.skipped_positions, step.position]
+            rollbacks, factor = state.num_rollbacks + 1, state.learning_rate_factor * 0.5
             self.state = self.hooks.roll_back()
-            self.state.num_rollbacks = rollbacks + 1
-            self.state.learning_rate_factor *= 0.5
-            self.state.extra["rolled_back_from"] = skip_to
+            self.state.num_rollbacks = rollbacks
+            self.state.learning_rate_factor = factor
+            self.state.skipped_positions = skipped
             return False
         raise DivergedError(
             f"Not finite at {where}. Nothing was updated; the weights are as before this step.",
@@ -254,16 +277,10 @@ class TrainingRun:
 
     def _split_micro_batches(self, step: Step, error: BaseException) -> None:
         """Halve the micro-batches after running out of memory; the optimiser batch stays the same."""
-        if not _is_out_of_memory(error):
-            raise error
-        largest = max(len(ids) for ids in step.micro_batch_ids)
+        largest = self.processes.max(max(len(ids) for ids in step.micro_batch_ids))
         if self.state.split >= largest:
             raise OutOfMemoryError(
-                "Out of memory with one example at a time.",
-                hint=(
-                    "Use a smaller model, `--set model.quantization=as-served`, a shorter "
-                    "model.context_window, or training.activation_checkpointing."
-                ),
+                "Out of memory with one example at a time.", hint=OUT_OF_MEMORY_HINT
             ) from error
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
@@ -273,10 +290,3 @@ class TrainingRun:
             "Out of memory: going on with micro-batches of %d examples, the optimiser batch stays.",
             -(-largest // self.state.split),
         )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text

@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from typing import Any
 
-from ollatune.training.loop import StepReport
+from ollatune.training.reports import StepReport
 from ollatune.training.state import RunState
 
 _WINDOW_STEPS = 10

@@ -132,6 +132,11 @@ class RunFolder:
         finally:
             stream.close()
 
+    def truncate_logs(self, last_step: int) -> None:
+        """Drop what metrics.jsonl and samples.jsonl say about steps after `last_step`."""
+        self.truncate_log(self.metrics_path, last_step)
+        self.truncate_log(self.samples_path, last_step)
+
     def truncate_log(self, path: Path, last_step: int) -> None:
         """Drop lines of `path` after `last_step`, and a half-written last line: a resumed run writes them again."""
         if not path.exists():

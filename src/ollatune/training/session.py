@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ollatune.base.errors import DivergedError, Interrupted, OllatuneError, UsageError
-from ollatune.base.log import add_log_file, get_logger, remove_log_file
+from ollatune.base.errors import UsageError
+from ollatune.base.log import add_log_file, configure_logging, get_logger, remove_log_file
 from ollatune.checkpoint.format import Checkpoint, read_checkpoint
 from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
 from ollatune.config.load import dump_config
@@ -23,11 +23,14 @@ from ollatune.modeling.base import BaseSource, FindRemote, check_family, resolve
 from ollatune.modeling.opened import open_base
 from ollatune.modeling.peft_format import save_adapter
 from ollatune.modeling.trained import lora_settings
+from ollatune.training.batch_plan import resumed_plan
 from ollatune.training.build import (
     Placement,
     build_run,
     build_validator,
     load_data,
+    make_schedule,
+    total_steps,
 )
 from ollatune.training.checkpointing import (
     Identity,
@@ -37,7 +40,13 @@ from ollatune.training.checkpointing import (
     require_disk,
     restore,
 )
-from ollatune.training.distributed import Processes, connect_processes, disconnect_processes
+from ollatune.training.debug import debugging, log_gradients
+from ollatune.training.distributed import (
+    Processes,
+    connect_processes,
+    disconnect_processes,
+    require_backend,
+)
 from ollatune.training.environment import (
     choose_device,
     choose_dtype,
@@ -46,12 +55,13 @@ from ollatune.training.environment import (
     hardware,
     log_environment,
     package_versions,
-    peak_memory_bytes,
 )
-from ollatune.training.loop import Hooks, StepReport, TrainingRun
+from ollatune.training.loop import TrainingRun
 from ollatune.training.placement import choose_mode
-from ollatune.training.progress import Progress
-from ollatune.training.run_folder import MetricsLog, RunFolder, new_run_id, utc_now
+from ollatune.training.profiling import StepProfiler
+from ollatune.training.recorder import Recorder
+from ollatune.training.reports import Hooks, StepReport
+from ollatune.training.run_folder import RunFolder, new_run_id, utc_now
 from ollatune.training.state import RunState
 from ollatune.training.validation import Metric
 
@@ -73,9 +83,12 @@ class Session:
     started: float = field(default_factory=time.perf_counter)
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     find_remote: FindRemote | None = None
+    recorder: Recorder | None = None
+    profiler: StepProfiler | None = None
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns what is in run.json. Raises any OllatuneError, with the status written first."""
+        require_backend(self.config.distributed.backend)
         self.folder = RunFolder(self.config.output.folder)
         device = choose_device()
         self.processes = Processes(device=device)
@@ -83,10 +96,14 @@ class Session:
             self.processes = connect_processes(
                 device, timeout_seconds=self.config.distributed.timeout_seconds
             )
+        if not self.processes.is_main:
+            configure_logging(is_main_process=False)
         try:
             lock = self.folder.lock() if self.processes.is_main else contextlib.nullcontext()
             with lock:
                 return self._run_locked(device)
+        except Exception as error:
+            raise self.processes.ended_by(error) from error.__cause__
         finally:
             disconnect_processes()
 
@@ -104,9 +121,12 @@ class Session:
         handler = add_log_file(log_path) if self.processes.is_main else None
         try:
             return self._train(device)
-        except OllatuneError as error:
-            self._record_failure(error)
-            raise
+        except Exception as error:
+            known = self.processes.ended_by(error)
+            get_logger("training").debug("Ended: %s", known)
+            if self.recorder is not None:
+                self.recorder.failed(known)
+            raise known from error.__cause__
         finally:
             if handler is not None:
                 remove_log_file(handler)
@@ -139,9 +159,13 @@ class Session:
         mode = choose_mode(self.config, self.base, dtype, device)
         placement = Placement(device, dtype, mode)
         self.identity = self._identity(source, splits, dtype, mode)
+        plan = None
         if self.resume_from is not None:
             self._check_resume(self.resume_from[1])
-        run = build_run(self.config, self.base, splits, placement, self.processes, self._hooks())
+            plan = resumed_plan(self.config, self.resume_from[1], self.processes.count)
+        run = build_run(
+            self.config, self.base, splits, placement, self.processes, self._hooks(), plan
+        )
         self.run_state = run
         self.validator = build_validator(run, self.base, splits, self.metrics)
         self.saver = Saver(self.store, self.folder.best_path, self.identity)
@@ -202,6 +226,8 @@ class Session:
 
     def _resume(self, run: TrainingRun, path: Path, checkpoint: Checkpoint) -> None:
         restore(run, checkpoint)
+        run.total_steps = total_steps(self.config, run.loader, run.state)
+        run.schedule = make_schedule(self.config, run.total_steps)
         get_logger("training").info(
             "Resumed from %s: epoch %d, step %d of %d.",
             path, checkpoint.epoch, checkpoint.step, run.total_steps,
@@ -210,12 +236,12 @@ class Session:
             return
         previous = Path(str(checkpoint.config["output"]["folder"])) / self.folder.best_path.name
         copy_previous_best(previous, self.folder.best_path)
-        self.folder.truncate_log(self.folder.metrics_path, checkpoint.step)
-        self.folder.truncate_log(self.folder.samples_path, checkpoint.step)
+        self.folder.truncate_logs(checkpoint.step)
 
     def _open_run(self, splits: DatasetSplits) -> None:
         self.folder.write_config(dump_config(self.config))
-        self.run_values: dict[str, Any] = {
+        settings = self.run_state.loader.settings
+        values = {
             "run_id": self.run_id,
             "status": "running",
             "started": utc_now(),
@@ -229,77 +255,46 @@ class Session:
             "git_commit": git_commit(),
             "hardware": hardware(self.run_state.device),
             "processes": self.processes.count,
+            "batch_size": settings.batch_size,
+            "gradient_accumulation_steps": settings.accumulation_steps,
             "checkpoints": str(self.checkpoints),
         }
-        self.folder.write_run(self.run_values)
-        self.metrics_log = MetricsLog(self.folder.metrics_path)
-        self.samples_log = MetricsLog(self.folder.samples_path)
+        self.recorder = Recorder(
+            self.folder, values, self.run_state, show_progress=self.show_progress
+        )
 
     def _hooks(self) -> Hooks:
         return Hooks(self._on_step, self._validate, self._save, self._roll_back)
 
     def _loop(self, run: TrainingRun) -> dict[str, Any]:
-        self.training_started = time.perf_counter()
-        self.first_step = run.state.step
-        self.tokens_before, self.targets_before = run.state.tokens, run.state.targets
-        self.progress = Progress(
-            run.total_steps,
-            run.state.step,
-            is_shown=self.show_progress and self.processes.is_main,
-        )
-        try:
+        with contextlib.ExitStack() as stack:
+            if self.recorder is not None:
+                stack.callback(self.recorder.close)
+            if self.profile and self.processes.is_main:
+                steps = run.total_steps - run.state.step
+                self.profiler = StepProfiler(self.folder.path / "profile", steps, run.device)
+                stack.callback(self.profiler.close)
+            if self.debug:
+                self.gradients_shown = False
+                stack.enter_context(debugging(run, self.base.tokenizer.decode))
             run.run()
-        finally:
-            self.progress.close()
-            if self.processes.is_main:
-                self.metrics_log.close()
-                self.samples_log.close()
-        return self._finish(run) if self.processes.is_main else {}
+        return self._finish(run)
 
     def _on_step(self, state: RunState, report: StepReport) -> None:
-        self.progress.step(state, report)
-        if self.processes.is_main:
-            self.metrics_log.write(
-                {
-                    "type": "step",
-                    "step": state.step,
-                    "epoch": state.epoch,
-                    "loss": report.loss,
-                    "grad_norm": report.grad_norm,
-                    "learning_rate": report.learning_rate,
-                    "num_tokens": report.num_tokens,
-                    "num_computed": report.num_computed,
-                    "num_targets": report.num_targets,
-                    "tokens_per_second": round(report.num_tokens / report.seconds, 2),
-                    "seconds": round(report.seconds, 4),
-                }
-            )
+        if self.recorder is not None:
+            self.recorder.step(state, report)
+        if self.debug and not self.gradients_shown:
+            self.gradients_shown = True
+            log_gradients(self.run_state.model)
+        if self.profiler is not None:
+            self.profiler.step(report)
 
     def _validate(self, state: RunState) -> float | None:
         if self.validator is None:
             return None
         report = self.validator.validate()
-        if not self.processes.is_main:
-            return report.loss
-        values = {
-            "type": "validation",
-            "step": state.step,
-            "epoch": state.epoch,
-            "train_loss": state.train_loss,
-            "val_loss": report.loss,
-            "perplexity": report.perplexity,
-            "token_accuracy": report.token_accuracy,
-            **report.metrics,
-        }
-        self.metrics_log.write(values)
-        for sample in report.samples:
-            self.samples_log.write({"step": state.step, "epoch": state.epoch, **sample})
-        scores = "".join(f", {name} {value:.3f}" for name, value in report.metrics.items())
-        get_logger("training").info(
-            "Epoch %d, step %d: train loss %.4f, validation loss %.4f, perplexity %.2f, token accuracy %.3f%s",
-            state.epoch, state.step, state.train_loss or 0.0, report.loss, report.perplexity,
-            report.token_accuracy, scores,
-        )  # fmt: skip
+        if self.recorder is not None:
+            self.recorder.validation(state, report)
         return report.loss
 
     def _save(self, state: RunState, name: str, is_best: bool) -> None:
@@ -310,11 +305,16 @@ class Session:
     def _roll_back(self) -> RunState:
         path, checkpoint = newest_checkpoint(self.checkpoints)
         restore(self.run_state, checkpoint)
+        if self.recorder is not None:
+            self.recorder.rolled_back(self.run_state)
+        self.processes.barrier()
         get_logger("training").warning("Rolled back to %s (step %d).", path, checkpoint.step)
         return self.run_state.state
 
     def _finish(self, run: TrainingRun) -> dict[str, Any]:
         """The adapter of the best model in PEFT's format, and the run's last word."""
+        if self.recorder is None:
+            return {}
         best = read_checkpoint(self.folder.best_path)
         if self.config.advanced.lora_enabled:
             save_adapter(
@@ -323,42 +323,9 @@ class Session:
                 lora_settings(self.config),
                 base_name=self.identity.base["name"],
             )
-        seconds = time.perf_counter() - self.training_started
-        tokens = run.state.tokens - self.tokens_before
-        self.run_values |= {
-            "status": "finished",
-            "finished": utc_now(),
-            "total_seconds": round(time.perf_counter() - self.started, 2),
-            "train_seconds": round(seconds, 2),
-            "steps": run.state.step,
-            "epochs": run.state.epoch,
-            "stopped_early": run.state.stopped_early,
-            "tokens": run.state.tokens,
-            "target_tokens": run.state.targets,
-            "tokens_per_second": round(tokens / max(seconds, 1e-9), 2),
-            "peak_memory_mb": round(peak_memory_bytes(run.device) / 2**20, 1),
-            "train_loss": run.state.train_loss,
-            "val_loss": run.state.val_loss,
-            "best_val_loss": best.val_loss,
-            "best_model": str(self.folder.best_path),
-        }
-        self.folder.write_run(self.run_values)
-        get_logger("training").info("Best model: %s", self.folder.best_path)
-        return self.run_values
-
-    def _record_failure(self, error: OllatuneError) -> None:
-        """Leave the reason in run.json, if the run had begun, and in the log file."""
-        get_logger("training").debug("Ended: %s", error)
-        if not self.processes.is_main or not hasattr(self, "run_values"):
-            return
-        status = "failed"
-        if isinstance(error, Interrupted):
-            status = "interrupted"
-        elif isinstance(error, DivergedError):
-            status = "diverged"
-        self.run_values |= {"status": status, "finished": utc_now(), "error": str(error)}
-        with contextlib.suppress(OllatuneError):
-            self.folder.write_run(self.run_values)
+        seconds = time.perf_counter() - self.started
+        self.recorder.finish(run, seconds=seconds, best_val_loss=best.val_loss)
+        return self.recorder.values
 
 
 def data_digest(splits: DatasetSplits) -> str:

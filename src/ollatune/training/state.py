@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,8 +21,10 @@ class RunState:
         split: parts that each micro-batch is cut into; doubled when memory runs out.
         epoch_loss_sum, epoch_targets: training loss of the epoch in progress.
         tokens, targets: computed and trained tokens so far.
-        skipped_in_a_row: non-finite steps skipped one after another.
+        skipped_in_a_row: non-finite steps skipped one after another; num_skipped: all of them.
         learning_rate_factor: lowered by roll-backs.
+        skipped_positions: where the steps begin that were not finite before a roll-back.
+        last_saved_step: the step of the newest checkpoint; 0 before the first.
     """
 
     step: int = 0
@@ -33,13 +36,15 @@ class RunState:
     tokens: int = 0
     targets: int = 0
     skipped_in_a_row: int = 0
+    num_skipped: int = 0
     num_rollbacks: int = 0
     learning_rate_factor: float = 1.0
     train_loss: float | None = None
     val_loss: float | None = None
     last_validated_step: int = -1
+    last_saved_step: int = 0
     stopped_early: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    skipped_positions: list[int] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,3 +94,12 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
+
+
+def seed_step(seed: int, position: int, rank: int) -> None:
+    """Seed torch for the step that begins at `position`: its dropout depends on these three numbers alone.
+
+    So a resumed or retried step draws what it would have drawn, and every process draws something else.
+    """
+    digest = hashlib.sha256(f"{seed}:{position}:{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))

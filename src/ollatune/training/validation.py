@@ -65,7 +65,7 @@ class Validator:
         loss_sum, num_correct, num_targets = 0.0, 0, 0
         with evaluation_mode(self.model):
             for batch in self.batches():
-                row = row_of(batch).to(self.device)
+                row = row_of(batch, share=self.step_function.can_share).to(self.device)
                 if not row.num_targets:
                     continue
                 loss, correct = self.step_function.evaluate(row)

@@ -1,0 +1,57 @@
+"""What the loop tells the others, and what its parts tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ollatune.training.state import RunState
+
+
+@dataclass
+class StepReport:
+    """What one optimiser step did; losses are means per target token.
+
+    `num_tokens` of the examples were trained on; with shared beginnings fewer, `num_computed`, were computed.
+    `data_seconds` of `seconds` went into making this process's batches.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    num_computed: int
+    num_targets: int
+    seconds: float
+    data_seconds: float
+
+
+class NonFiniteError(Exception):
+    """Loss or gradient of the optimiser batch is NaN or infinite; nothing has been updated."""
+
+
+class RanOutOfMemoryError(Exception):
+    """Some process had no memory for a micro-batch; nothing has been updated on any of them."""
+
+
+@dataclass
+class MicroBatchSums:
+    """What the micro-batches of one process add up to."""
+
+    loss: torch.Tensor
+    num_tokens: int = 0
+    num_computed: int = 0
+    data_seconds: float = 0.0
+    memory_error: BaseException | None = None
+
+
+@dataclass
+class Hooks:
+    """What the loop reports to; each is called on every process and decides itself where it writes."""
+
+    on_step: Callable[[RunState, StepReport], None]
+    validate: Callable[[RunState], float | None]
+    save: Callable[[RunState, str, bool], None]
+    roll_back: Callable[[], RunState]
