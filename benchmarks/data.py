@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ollatune.commands.data import renderer_parts
 from ollatune.config.schema import DataConfig
 from ollatune.data.cache import load_cached
 from ollatune.data.loader import BatchLoader, LoaderSettings
@@ -31,6 +30,7 @@ from ollatune.data.order import SampleOrder
 from ollatune.data.records import RecordReader
 from ollatune.data.sources import iter_records
 from ollatune.modeling.base import resolve_base
+from ollatune.modeling.opened import renderer_parts
 
 MAX_LENGTH = 2048
 WORDS_PER_RECORD = 110  # the median; lengths are log-normal, as those of instruction data are

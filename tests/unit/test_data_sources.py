@@ -80,6 +80,38 @@ def test_json_arrays_are_read_alike_however_they_arrive(
         assert lines[record.position.line - 1][record.position.column - 1] == "{"
 
 
+@st.composite
+def json_objects_as_text(draw: st.DrawFn, depth: int = 2) -> str:
+    """An object with any spacing, colons in texts, and now and then a key that comes twice."""
+    space = st.sampled_from(["", "", " ", "\t", " \n"])
+    members = []
+    for _ in range(draw(st.integers(0, 3))):
+        key = draw(st.sampled_from(['"a"', '"b"', '"c:d"', '"e\\":"']))
+        leaf = st.sampled_from(['"x"', '": "', '" :"', '"\\":"', "1", "[1, {}]", "null"])
+        value = draw(json_objects_as_text(depth - 1) | leaf if depth else leaf)
+        if draw(st.booleans()):
+            value = f"[{value}]"
+        members.append(f"{key}{draw(space)}:{draw(space)}{value}")
+    return "{" + ",".join(members) + "}"
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=json_objects_as_text())
+def test_repeated_keys_are_found_wherever_they_stand(text: str) -> None:
+    def repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) < len(pairs):
+            found.append(pairs)
+        return dict(pairs)
+
+    found: list[Any] = []
+    expected = json.loads(text, object_pairs_hook=repeats)
+    rejections = Rejections(skip_bad=True)
+    records = list(read_jsonl(io.BytesIO(text.replace("\n", " ").encode()), HERE, rejections))
+    assert bool(found) == bool(rejections.errors)
+    if not found:
+        assert [record.value for record in records] == [expected]
+
+
 def test_a_number_cut_in_the_middle_is_one_bad_record() -> None:
     rejections = Rejections(skip_bad=True)
     records = list(read_json(Drip(b'[123456789012345678, {"text": "a"}]', 0), HERE, rejections))

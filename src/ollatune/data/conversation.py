@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -29,7 +29,8 @@ class Conversation:
     messages: tuple[ChatMessage, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     score: float = 0.0
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] | None = None
+    """Fields that no record form knows."""
     question_parts: tuple[str, str] = ("", "")
     """Instruction and context that the only user message was joined from, where the record had them apart."""
 
@@ -62,7 +63,8 @@ class Document:
     begins: bool = True
     ends: bool = True
     score: float = 0.0
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] | None = None
+    """Fields that no record form knows."""
 
     def digest(self) -> int:
         """64-bit digest of the text."""

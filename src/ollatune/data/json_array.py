@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ollatune.base.text import format_bytes
-from ollatune.data.jsonl import MAX_RECORD_BYTES, Reject, _scan, explain_json
+from ollatune.data.jsonl import MAX_RECORD_BYTES, Reject, explain_json, scan
 from ollatune.data.position import FileError, Position, Record, RecordError
 from ollatune.data.streams import damage_reported
 
@@ -99,7 +99,7 @@ def _may_be_incomplete(error: Exception, text: str) -> bool:
 def _located(window: _Text) -> FileError:
     rest, start = window.text[window.at :], window.position()
     try:
-        _scan(rest, 0)
+        scan(rest, 0)
     except (ValueError, StopIteration, RecursionError) as error:
         explained = explain_json(rest, error, start)
         where = explained.position
@@ -113,7 +113,7 @@ def _next_value(window: _Text) -> Any:
     """The value that begins at the window's place. Raises FileError: after a syntax error nothing can be trusted."""
     while True:
         try:
-            value, end = _scan(window.text, window.at)
+            value, end = scan(window.text, window.at)
         except (ValueError, StopIteration, RecursionError) as error:
             if not window.ended and _may_be_incomplete(error, window.text):
                 if len(window.text) - window.at > MAX_RECORD_BYTES:

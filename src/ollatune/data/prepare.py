@@ -217,7 +217,7 @@ def _write(
 
 
 def _as_record(sample: Sample, form: str) -> dict[str, Any]:
-    record = {k: _plain(v) for k, v in sample.metadata.items() if k not in MAPPABLE_FIELDS}
+    record = {k: _plain(v) for k, v in (sample.metadata or {}).items() if k not in MAPPABLE_FIELDS}
     if sample.score:
         record["score"] = sample.score
     if isinstance(sample, Document):

@@ -79,7 +79,7 @@ class RecordReader:
         if "score" in value:
             sample.score = _score(value["score"], position)
         if len(value) > len(form.required):
-            sample.metadata = {k: v for k, v in value.items() if k not in self._known}
+            sample.metadata = {k: v for k, v in value.items() if k not in self._known} or None
         return sample
 
     def fix_form(self, name: str, first: Position) -> None:
