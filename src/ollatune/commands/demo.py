@@ -32,6 +32,7 @@ MODEL_NAME = "support-json"
 _PARALLEL = 8
 _CONTEXT = 512
 _VERIFY_PROMPTS = 4
+_ANSWER_TOKENS = 56
 
 
 def run_demo(config: Path = DEMO_CONFIG, folder: Path = DEMO_FOLDER) -> dict[str, Any]:
@@ -67,12 +68,12 @@ def run_demo(config: Path = DEMO_CONFIG, folder: Path = DEMO_FOLDER) -> dict[str
             "4/4  Answering %d held-out questions with the base and with the tuned model …",
             len(samples),
         )
-        tuned = score_served(served, samples)
+        tuned = score_served(served, samples, max_tokens=_ANSWER_TOKENS)
     with LlamaCppEngine(base.source.path, context=_CONTEXT, parallel=_PARALLEL) as base_engine:
         base_served = LlamaCppServed(
             base_engine, served.template, stops=served.stops, system=served.system
         )
-        before = score_served(base_served, samples)
+        before = score_served(base_served, samples, max_tokens=_ANSWER_TOKENS)
     comparison = compare_scores(before, tuned)
     total_seconds = time.perf_counter() - started
     scores = comparison.values()
