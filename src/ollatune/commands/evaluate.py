@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ollatune.base.files import write_json
+from ollatune.base.errors import UsageError
+from ollatune.base.files import make_folder, write_json
 from ollatune.commands.verify import (
     engine_context,
     held_out_samples,
@@ -17,10 +18,11 @@ from ollatune.commands.verify import (
 )
 from ollatune.data.conversation import Sample
 from ollatune.evaluation.engine import LlamaCppEngine
-from ollatune.evaluation.gate import require
+from ollatune.evaluation.gate import Requirement, require
 from ollatune.evaluation.metrics import find_metric
 from ollatune.evaluation.score import ScoreReport, compare_scores, evaluation_items, score
 from ollatune.evaluation.served import LlamaCppServed, OllamaServed, ServedModel
+from ollatune.modeling.opened import OpenBase
 
 REPORT_NAME = "evaluation.json"
 _PARALLEL = 4
@@ -39,6 +41,7 @@ class EvaluateOptions:
     metrics: tuple[str, ...] = ()
     requirements: tuple[str, ...] = ()
     max_tokens: int = 256
+    base: str | None = None
 
 
 def score_served(
@@ -55,15 +58,19 @@ def score_served(
 
 def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Score base and tuned; writes evaluation.json. Raises VerificationError (exit 9) when a requirement is not met."""
-    _, config, base = load_run(options.checkpoint)
+    requirements = [Requirement.parse(text) for text in options.requirements]
+    _, config, base = load_run(options.checkpoint, options.base)
     samples = held_out_samples(config, options.data)
     with ExitStack() as stack:
         if options.model is not None:
             from ollatune.ollama.client import OllamaClient
 
-            client = OllamaClient(options.host or config.ollama.host)
+            client = stack.enter_context(OllamaClient(options.host or config.ollama.host))
+            base_tag = _base_tag(options, base)
+            for name in (options.model, base_tag):
+                client.show(name)  # an unknown tag is named before any question is asked
             tuned_served: ServedModel = OllamaServed(client, options.model)
-            base_served: ServedModel = OllamaServed(client, options.base_model or base.source.name)
+            base_served: ServedModel = OllamaServed(client, base_tag)
         else:
             context = engine_context(config)
             engine, local = serve_export(options.export, base, parallel=_PARALLEL, context=context)
@@ -82,9 +89,19 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "values": comparison.values(),
         "text": f"{comparison.table()}\n\n{comparison.samples(3)}",
     }
-    write_json(options.export / REPORT_NAME, result)
-    require(options.requirements, comparison.values())
+    write_json(make_folder(options.export) / REPORT_NAME, result)
+    require(requirements, comparison.values())
     return result
+
+
+def _base_tag(options: EvaluateOptions, base: OpenBase) -> str:
+    """The base's tag on the server. Raises UsageError where it is a file, which the server has under no known name."""
+    if options.base_model is None and not base.source.is_ollama:
+        raise UsageError(
+            f"The run was trained on {base.source.name}, which is no tag that the server could be asked for.",
+            hint="Name the base's tag with --base-model, or leave out --model to score the export's own files.",
+        )
+    return options.base_model or base.source.name
 
 
 def evaluation_text(result: dict[str, Any]) -> str:

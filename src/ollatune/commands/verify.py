@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ollatune.base.errors import InputError
+from ollatune.base.errors import InputError, UsageError
 from ollatune.base.files import write_json
 from ollatune.base.log import get_logger
 from ollatune.checkpoint.format import Checkpoint
@@ -20,7 +20,7 @@ from ollatune.data.rejects import Rejections
 from ollatune.evaluation.compare import limits_for
 from ollatune.evaluation.engine import LlamaCppEngine
 from ollatune.evaluation.observe import TrainedModel
-from ollatune.evaluation.served import LlamaCppServed, OllamaServed, ServedModel
+from ollatune.evaluation.served import LlamaCppServed, OllamaServed, ServedModel, with_system
 from ollatune.evaluation.verify import VerifyReport, verify
 from ollatune.modeling.base import resolve_base
 from ollatune.modeling.load import Mode
@@ -45,10 +45,17 @@ class VerifyOptions:
     model: str | None = None
     host: str | None = None
     num_prompts: int = DEFAULT_PROMPTS
+    base: str | None = None
 
 
-def load_run(checkpoint_path: Path) -> tuple[Checkpoint, Config, OpenBase]:
-    """A checkpoint with the configuration and the base model it was trained with."""
+def load_run(
+    checkpoint_path: Path, base_model: str | None = None
+) -> tuple[Checkpoint, Config, OpenBase]:
+    """A checkpoint with the configuration and the base model it was trained with.
+
+    `base_model`: where the base is now, if no longer under the name that it was trained by. Raises InputError for
+    another base than that.
+    """
     from ollatune.checkpoint.store import load_checkpoint
     from ollatune.commands.create_modelfile import base_name
     from ollatune.commands.remote import remote_finder
@@ -56,7 +63,7 @@ def load_run(checkpoint_path: Path) -> tuple[Checkpoint, Config, OpenBase]:
     checkpoint = load_checkpoint(checkpoint_path)
     config = load_config(ParsedYaml(str(checkpoint_path), checkpoint.config))
     source = resolve_base(
-        base_name(checkpoint.base),
+        base_model or base_name(checkpoint.base),
         models_folder=config.ollama.models,
         find_remote=remote_finder(config),
     )
@@ -106,7 +113,11 @@ def serve_export(
 ) -> tuple[LlamaCppEngine, LlamaCppServed]:
     """The export in llama.cpp, behind the template, system message and stops of its own Modelfile."""
     modelfile = read_modelfile(folder)
-    engine = LlamaCppEngine(folder / str(modelfile.source), context=context, parallel=parallel)
+    if modelfile.adapter is None:
+        path, adapter = folder / modelfile.source, None
+    else:
+        path, adapter = base.source.path, folder / modelfile.adapter
+    engine = LlamaCppEngine(path, context=context, parallel=parallel, adapter=adapter)
     tokenizer = base.tokenizer
     template = load_chat_template(
         go_text=modelfile.template,
@@ -142,14 +153,13 @@ def check(
     *,
     num_prompts: int,
 ) -> VerifyReport:
-    """Compare trainer and server on the first `num_prompts` questions."""
+    """Compare trainer and server on the first `num_prompts` questions, under the SYSTEM of `export` (its report)."""
+    system = export.get("system", config.data.system or base.source.system)
     mode: Mode = "packed" if checkpoint.base.get("mode") == "packed" else "dense"
     trained_model = load_trained(base, checkpoint.model_state_dict, config, mode=mode)
     base_model = load_trained(base, None, config, mode=mode)
     trained = TrainedModel(
-        render=lambda messages: base.template.render_prompt(
-            _with_system(messages, config.data.system or base.source.system)
-        ),
+        render=lambda messages: base.template.render_prompt(with_system(messages, system or "")),
         tokenizer=base.tokenizer,
         logprobs=TrainedLogprobs(trained_model),
         base_logprobs=TrainedLogprobs(base_model),
@@ -168,12 +178,6 @@ def check(
     )
 
 
-def _with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    if system and (not messages or messages[0].role != "system"):
-        return [Message("system", system), *messages]
-    return list(messages)
-
-
 def read_export(folder: Path) -> dict[str, Any]:
     """export.json of an export folder. Raises InputError where it is missing or damaged."""
     path = folder / "export.json"
@@ -188,19 +192,39 @@ def read_export(folder: Path) -> dict[str, Any]:
     return value
 
 
+def require_export_of(export: dict[str, Any], checkpoint: Checkpoint, folder: Path) -> None:
+    """Raise InputError where an export was made from another run or step than `checkpoint`."""
+    made_from = export.get("checkpoint") or {}
+    found = (made_from.get("run_id"), made_from.get("step"))
+    wanted = (checkpoint.run_id, checkpoint.step)
+    if found != wanted:
+        raise InputError(
+            f"{folder} was exported from run {found[0]}, step {found[1]}; the checkpoint is of run {wanted[0]}, "
+            f"step {wanted[1]}.",
+            hint="Pass the checkpoint that was exported, or export this one again with create-modelfile.",
+        )
+
+
 def run_verify(options: VerifyOptions) -> dict[str, Any]:
     """Verify an export or a served tag; writes verify.json beside the export. Raises VerificationError (exit 9)."""
-    checkpoint, config, base = load_run(options.checkpoint)
     export = read_export(options.export)
+    if export.get("format") == "hf":
+        raise UsageError(
+            f"{options.export} holds an export for Transformers, which no Ollama serves.",
+            hint="Verify a GGUF export: ollatune create-modelfile --format gguf --output …",
+        )
+    checkpoint, config, base = load_run(options.checkpoint, options.base)
+    require_export_of(export, checkpoint, options.export)
     samples = held_out_samples(config, options.data)
     if options.model is not None:
         from ollatune.ollama.client import OllamaClient
 
-        client = OllamaClient(options.host or config.ollama.host)
-        report = check(
-            checkpoint, config, base, OllamaServed(client, options.model), export, samples,
-            num_prompts=options.num_prompts,
-        )  # fmt: skip
+        with OllamaClient(options.host or config.ollama.host) as client:
+            client.show(options.model)  # an unknown tag is named before the models are loaded
+            report = check(
+                checkpoint, config, base, OllamaServed(client, options.model), export, samples,
+                num_prompts=options.num_prompts,
+            )  # fmt: skip
     else:
         engine, served = serve_export(options.export, base, context=engine_context(config))
         with engine:
