@@ -37,6 +37,8 @@ class TrainedTokenizer(Protocol):
         is_continuation: bool = False,
     ) -> list[int]: ...
     def token_bytes(self, token_id: int, /) -> bytes: ...
+    @property
+    def vocab_size(self) -> int: ...
 
 
 def text_difference(trained: str, served: str) -> str:
@@ -72,11 +74,22 @@ def shown_token(tokenizer: TrainedTokenizer, ids: Sequence[int], at: int) -> str
 
 
 def answer_ids_of(tokenizer: TrainedTokenizer, answer: ServedAnswer) -> list[int]:
-    """The answer's ids: the server's where it gives them, else the text tokenised as training does."""
+    """The answer's ids: the server's where it gives them, else the text tokenised as training does.
+
+    A model may say a text in other tokens than a tokenizer would make of it: where the server gives the bytes of every
+    token, those tokens are taken.
+    """
     known = [token.token_id for token in answer.tokens if token.raw != b""]
     if known and all(token is not None for token in known):
         return [token for token in known if token is not None]
-    return tokenizer.encode(answer.text, is_continuation=True) if answer.text else []
+    ids = tokenizer.encode(answer.text, is_continuation=True) if answer.text else []
+    said = [token.raw for token in answer.tokens if token.raw]
+    if b"".join(said) != answer.text.encode() or [tokenizer.token_bytes(i) for i in ids] == said:
+        return ids
+    id_of: dict[bytes, int] = {}
+    for token_id in range(tokenizer.vocab_size):
+        id_of.setdefault(tokenizer.token_bytes(token_id), token_id)
+    return [id_of[raw] for raw in said] if all(raw in id_of for raw in said) else ids
 
 
 def aligned_tokens(
