@@ -414,9 +414,11 @@ def demo(verbose: VerboseFlag = False) -> None:
 
 
 models = typer.Typer(
-    help="Models here and in the catalog: list, show, pull.", invoke_without_command=True
+    help="Models here and in the catalog: list, show, pull, ps, copy, delete.",
+    invoke_without_command=True,
 )
 app.add_typer(models, name="models")
+HostFlag = Annotated[str | None, typer.Option("--host", help="The server's address.")]
 StoreFlag = Annotated[
     Path | None,
     typer.Option("--models", help="Ollama's store folder.  [OLLAMA_MODELS, or its default]"),
@@ -471,6 +473,108 @@ def models_pull(
 
     configure_logging()
     _finish(pull_model(name, host), as_json, lambda result: f"Pulled {result['pulled']}.")
+
+
+@models.command("ps")
+def models_ps(host: HostFlag = None, as_json: JsonFlag = False) -> None:
+    """What the Ollama server has loaded now.
+
+    Example: ollatune models ps
+    """
+    from ollatune.commands.models import running_models, running_text
+
+    configure_logging()
+    _finish(running_models(host), as_json, running_text)
+
+
+@models.command("copy")
+def models_copy(
+    source: Annotated[str, typer.Argument(help="Ollama name.")],
+    destination: Annotated[str, typer.Argument(help="Its second name.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a model of that name.")] = False,
+    host: HostFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Give a model on the Ollama server a second name.
+
+    Example: ollatune models copy ramsey-model ramsey-model:v2
+    """
+    from ollatune.commands.models import copy_model
+
+    configure_logging()
+    result = copy_model(source, destination, host, force=force)
+    _finish(result, as_json, lambda done: f"{done['to']} is {done['copied']} now.")
+
+
+@models.command("delete")
+def models_delete(
+    name: Annotated[str, typer.Argument(help="Ollama name.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Really delete it.")] = False,
+    host: HostFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Delete a model from the Ollama server.
+
+    Example: ollatune models delete ramsey-model --yes
+    """
+    from ollatune.commands.models import delete_model
+
+    configure_logging()
+    _finish(delete_model(name, host, yes=yes), as_json, lambda done: f"Deleted {done['deleted']}.")
+
+
+@app.command()
+def release(
+    name: Annotated[str | None, typer.Argument(help="The model's name in the registry.")] = None,
+    tag: Annotated[
+        str | None, typer.Option("--tag", help="Version: v1, v1.2, v1.2.3-rc1.  [the next one]")
+    ] = None,
+    export: Annotated[
+        Path, typer.Option("--export", help="The export folder to release, or to restore into.")
+    ] = Path("models/ollama"),
+    run: Annotated[
+        Path | None, typer.Option("--run", help="The run's folder.  [models/trained/ if it fits]")
+    ] = None,
+    summary: Annotated[str, typer.Option("--summary", help="A sentence for the notes.")] = "",
+    registry: Annotated[
+        Path | None, typer.Option("--registry", help="Registry folder.  [OLLATUNE_REGISTRY]")
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="List models and versions.")] = False,
+    notes: Annotated[
+        str | None, typer.Option("--notes", help="Print the notes of a version or alias.")
+    ] = None,
+    alias: Annotated[
+        str | None, typer.Option("--alias", help="Let this name stand for --tag.  [latest]")
+    ] = None,
+    rollback: Annotated[
+        str | None, typer.Option("--rollback", help="Let latest be this version, or `parent`.")
+    ] = None,
+    restore: Annotated[
+        str | None, typer.Option("--restore", help="Put a version's files into --export.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="Also push to a registry: USER/MODEL:TAG.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="With --push: the model on the Ollama server.")
+    ] = None,
+    host: HostFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Release an export as a version of a model: with its origin, metrics, notes, and a way back.
+
+    Example: ollatune release ramsey-model --tag v2 --summary "More data."
+    """
+    from ollatune.commands.release import ReleaseOptions, release_text, run_release
+
+    configure_logging()
+    result = run_release(
+        ReleaseOptions(
+            name, tag, export, run, summary, registry, show_list, notes, alias, rollback, restore,
+            push, source, host,
+        )
+    )  # fmt: skip
+    _finish(result, as_json, release_text)
 
 
 def _version(value: bool) -> None:

@@ -1,11 +1,11 @@
-"""`ollatune models`: what is in the local store and the catalog, what a file holds, and pulling."""
+"""`ollatune models`: what is in the local store and the catalog, what a file holds; pulling, copying, deleting."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ollatune.base.errors import OllatuneError
+from ollatune.base.errors import OllatuneError, UsageError
 from ollatune.base.log import get_logger
 from ollatune.base.text import format_bytes, format_count
 from ollatune.catalog import Entry, load_catalog
@@ -130,3 +130,56 @@ def pull_model(name: str, host: str | None = None) -> dict[str, Any]:
     with PullBars() as bars, OllamaClient(host) as client:
         client.pull(ModelName.parse(resolution.name).short, progress=bars.update)
     return {"pulled": resolution.name}
+
+
+def running_models(host: str | None = None) -> dict[str, Any]:
+    """The models that the server has loaded now."""
+    from ollatune.ollama.client import OllamaClient
+
+    with OllamaClient(host) as client:
+        return {"running": [vars(model) for model in client.ps()]}
+
+
+def running_text(result: dict[str, Any]) -> str:
+    """The running models for a terminal."""
+    rows = [
+        f"  {m['name']:<32} {format_bytes(m['size_bytes']):>10}  context {m['context_tokens'] or '?'}"
+        for m in result["running"]
+    ]
+    return "\n".join(["Loaded now:", *rows]) if rows else "No model is loaded."
+
+
+def copy_model(
+    source: str, destination: str, host: str | None = None, *, force: bool = False
+) -> dict[str, Any]:
+    """Give a model on the server a second name. Raises UsageError where the name is taken and `force` is not set."""
+    from ollatune.ollama.client import OllamaClient
+
+    with OllamaClient(host) as client:
+        if not force and client.has(destination):
+            raise UsageError(
+                f"The server has a model {destination} already.",
+                hint="Choose another name, or replace it with --force.",
+            )
+        client.copy(source, destination)
+    return {"copied": source, "to": destination}
+
+
+def delete_model(name: str, host: str | None = None, *, yes: bool = False) -> dict[str, Any]:
+    """Delete a model from the server, if `yes`. Raises UsageError, saying what would go, otherwise."""
+    from ollatune.ollama.client import OllamaClient
+
+    with OllamaClient(host) as client:
+        details = client.show(name).details
+        if not yes:
+            what = " ".join(
+                str(details[key])
+                for key in ("parameter_size", "quantization_level")
+                if key in details
+            )
+            raise UsageError(
+                f"{name} ({what or 'of unknown size'}) would be deleted from {client.endpoint.url}; nothing was done.",
+                hint="Say --yes to delete it.",
+            )
+        client.delete(name)
+    return {"deleted": name}

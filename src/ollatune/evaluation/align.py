@@ -126,11 +126,16 @@ def compare_positions(
 
 
 def by_id(tokenizer: TrainedTokenizer, row_V: Logprobs, top: Any) -> dict[int, float]:
-    """Alternatives by id. Bytes are looked up among the trained model's most probable tokens, the likeliest first."""
+    """Alternatives by id. Bytes are looked up among the trained model's most probable tokens, the likeliest first.
+
+    Servers give control tokens no bytes: the likeliest such alternative is taken for the likeliest end token.
+    """
     if not top or isinstance(next(iter(top)), int):
         return dict(top)
     ids_by_bytes: dict[bytes, int] = {}
     likely = np.argsort(row_V)[::-1][: _LIKELY_PER_ALTERNATIVE * len(top)]
     for token in likely:
         ids_by_bytes.setdefault(tokenizer.token_bytes(int(token)), int(token))
+    if ends := tokenizer.end_of_generation_ids:
+        ids_by_bytes[b""] = max(ends, key=lambda token: float(row_V[token]))
     return {ids_by_bytes[raw]: value for raw, value in top.items() if raw in ids_by_bytes}

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from ollatune.base.errors import UsageError
 from ollatune.evaluation.engine import LlamaCppEngine
+from ollatune.ollama.answers import TokenLogprob
 from ollatune.ollama.client import OllamaClient
 from ollatune.ollama.failures import VersionTooOld
 from ollatune.templates import ChatTemplate, Message
@@ -163,7 +164,7 @@ class OllamaServed:
                 f"`{self.model}` did not answer: it ended with {reply.done_reason or 'no reason'!r}."
             )
         tokens = [
-            ServedToken(token.raw, None, {top.raw: top.logprob for top in token.alternatives})
+            ServedToken(token.raw, None, _by_bytes(token.alternatives))
             for token in reply.logprobs
         ]
         return ServedAnswer(
@@ -177,6 +178,14 @@ class OllamaServed:
         self, conversations: Sequence[Sequence[Message]], *, max_tokens: int
     ) -> list[ServedAnswer]:
         return [self.answer(messages, max_tokens=max_tokens) for messages in conversations]
+
+
+def _by_bytes(alternatives: Sequence[TokenLogprob]) -> dict[bytes, float]:
+    """Logprobs by bytes; of tokens with the same bytes the likeliest, which comes first."""
+    found: dict[bytes, float] = {}
+    for alternative in alternatives:
+        found.setdefault(alternative.raw, alternative.logprob)
+    return found
 
 
 def with_system(messages: Sequence[Message], system: str) -> list[Message]:
