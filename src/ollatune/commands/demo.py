@@ -29,10 +29,10 @@ from ollatune.evaluation.served import LlamaCppServed
 DEMO_CONFIG = Path("configs/demo.yaml")
 DEMO_FOLDER = Path("runs/demo")
 MODEL_NAME = "support-json"
-_PARALLEL = 8
+_PARALLEL = 4
 _CONTEXT = 512
 _VERIFY_PROMPTS = 4
-_ANSWER_TOKENS = 56
+_ANSWER_TOKENS = 48
 
 
 def run_demo(config: Path = DEMO_CONFIG, folder: Path = DEMO_FOLDER) -> dict[str, Any]:
