@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,7 +117,7 @@ def compare_positions(
     """Per position with alternatives: KL(trained ‖ served), whether both choose one token, and the largest gap."""
     kls, same, gaps = [], [], []
     for row_V, token in zip(rows_PV, tokens, strict=False):
-        top = by_id(tokenizer, row_V, token.top_logprobs)
+        top = by_id(tokenizer, row_V, token)
         if top:
             kls.append(top_kl_divergence(row_V, top))
             same.append(max(top, key=lambda key: top[key]) == int(row_V.argmax()))
@@ -125,17 +125,20 @@ def compare_positions(
     return tuple(kls), tuple(same), tuple(gaps)
 
 
-def by_id(tokenizer: TrainedTokenizer, row_V: Logprobs, top: Any) -> dict[int, float]:
+def by_id(tokenizer: TrainedTokenizer, row_V: Logprobs, token: ServedToken) -> dict[int, float]:
     """Alternatives by id. Bytes are looked up among the trained model's most probable tokens, the likeliest first.
 
-    Servers give control tokens no bytes: the likeliest such alternative is taken for the likeliest end token.
+    Servers give control tokens no bytes. Where the model chose to end, the likeliest such alternative is the end token;
+    elsewhere there is no telling which it is, and it is left out.
     """
+    top: Mapping[Any, float] = token.top_logprobs
     if not top or isinstance(next(iter(top)), int):
         return dict(top)
     ids_by_bytes: dict[bytes, int] = {}
     likely = np.argsort(row_V)[::-1][: _LIKELY_PER_ALTERNATIVE * len(top)]
-    for token in likely:
-        ids_by_bytes.setdefault(tokenizer.token_bytes(int(token)), int(token))
-    if ends := tokenizer.end_of_generation_ids:
-        ids_by_bytes[b""] = max(ends, key=lambda token: float(row_V[token]))
+    for token_id in likely:
+        ids_by_bytes.setdefault(tokenizer.token_bytes(int(token_id)), int(token_id))
+    ids_by_bytes.pop(b"", None)
+    if token.raw == b"" and (ends := tokenizer.end_of_generation_ids):
+        ids_by_bytes[b""] = max(ends, key=lambda end: float(row_V[end]))
     return {ids_by_bytes[raw]: value for raw, value in top.items() if raw in ids_by_bytes}

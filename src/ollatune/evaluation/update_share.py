@@ -35,7 +35,7 @@ def update_share(trained: TrainedModel, observations: Iterable[Observation]) -> 
         tuned_PV = trained.logprobs(seen.trained_ids, seen.positions)
         base_PV = trained.base_logprobs(seen.trained_ids, seen.positions)
         for tuned_V, base_V, token in zip(tuned_PV, base_PV, seen.served_tokens, strict=True):
-            top = by_id(trained.tokenizer, tuned_V, token.top_logprobs)
+            top = by_id(trained.tokenizer, tuned_V, token)
             ids = list(top)
             change = _centred(tuned_V[ids] - base_V[ids])
             served_change = _centred(np.fromiter(top.values(), np.float64) - base_V[ids])
