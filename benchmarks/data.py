@@ -25,7 +25,6 @@ import psutil
 
 from ollatune.config.schema import DataConfig
 from ollatune.data.cache import load_cached
-from ollatune.data.loader import BatchLoader, LoaderSettings
 from ollatune.data.order import SampleOrder
 from ollatune.data.records import RecordReader
 from ollatune.data.sources import iter_records
@@ -153,6 +152,8 @@ def measure_cache(path: Path, folder: Path, workers: int) -> dict[str, Any]:
 
 def measure_batches(examples: Any) -> dict[str, float]:
     """Share of positions that are padding, and how full rows of a fixed token budget get."""
+    # Not above: worker processes import this file again, and this brings torch.
+    from ollatune.data.loader import BatchLoader, LoaderSettings
 
     def padding(group_size: int) -> float:
         order = SampleOrder(len(examples), seed=0, lengths=examples.lengths, group_size=group_size)
