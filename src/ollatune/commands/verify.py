@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ollatune.base.errors import InputError, UsageError
+from ollatune.base.errors import InputError, UsageError, VerificationError
 from ollatune.base.files import write_json
 from ollatune.base.log import get_logger
 from ollatune.checkpoint.format import Checkpoint
@@ -26,6 +26,7 @@ from ollatune.modeling.base import resolve_base
 from ollatune.modeling.load import Mode
 from ollatune.modeling.opened import OpenBase, open_base
 from ollatune.modeling.trained import TrainedLogprobs, load_trained
+from ollatune.ollama.answers import ShownModel
 from ollatune.ollama.modelfile import Modelfile
 from ollatune.templates.chat import load_chat_template
 from ollatune.templates.messages import Message
@@ -207,6 +208,25 @@ def require_export_of(export: dict[str, Any], checkpoint: Checkpoint, folder: Pa
         )
 
 
+def _require_adapters_base(shown: ShownModel, base: OpenBase, folder: Path) -> None:
+    """Raise VerificationError where a tag has its adapter on other weights than it was trained on."""
+    found = Path(shown.blob_path).name.removeprefix("sha256-")
+    if found in ("", base.source.digest):
+        return
+    advice = (
+        f"The adapter was trained on {base.source.name} (sha256 {base.source.digest[:12]}): create the tag from that, "
+        "or export the merged model (--format gguf)."
+    )
+    write_json(
+        folder / REPORT_NAME,
+        {"passed": False, "cause": "wrong_base", "advice": advice, "served_by": shown.name},
+    )
+    raise VerificationError(
+        f"What {shown.name} serves is not what was trained: its weights are sha256 {found[:12]}.",
+        hint=advice,
+    )
+
+
 def run_verify(options: VerifyOptions) -> dict[str, Any]:
     """Verify an export or a served tag; writes verify.json beside the export. Raises VerificationError (exit 9)."""
     export = read_export(options.export)
@@ -222,7 +242,9 @@ def run_verify(options: VerifyOptions) -> dict[str, Any]:
         from ollatune.ollama.client import OllamaClient
 
         with OllamaClient(options.host or config.ollama.host) as client:
-            client.show(options.model)  # an unknown tag is named before the models are loaded
+            shown = client.show(options.model)  # an unknown tag is named before models are loaded
+            if export.get("format") == "adapter":
+                _require_adapters_base(shown, base, options.export)
             report = check(
                 checkpoint, config, base, OllamaServed(client, options.model), export, samples,
                 num_prompts=options.num_prompts,
