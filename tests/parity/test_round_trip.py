@@ -186,6 +186,30 @@ def test_other_architectures(place: Place) -> None:
         assert chat(client, "ramsey-model") == trained_answer(place)
 
 
+def test_what_a_base_has_beyond_its_training_is_left_out(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gguf = next((place.folder / "bases").glob("*.gguf"))
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    add_tag(
+        place.server, "tiny", gguf, messages=said,
+        config={"renderer": "qwen3-coder", "parser": "qwen3-coder", "requires": "0.12.0"},
+    )  # fmt: skip
+    place.train()
+    assert place.create("--create", "ramsey-model", "--system", "Be brief.") == 0
+    errors = capsys.readouterr().err
+    assert "The base's renderer `qwen3-coder` and parser `qwen3-coder`" in errors
+    assert "The base's 2 MESSAGE(s)" in errors
+    assert "SYSTEM message is another than the one that was trained with" in errors
+    stored = place.server.store.read(ModelName.parse("ramsey-model"))
+    assert stored is not None
+    assert "renderer" not in stored.config
+    assert stored.config["requires"] == "0.12.0"
+    assert not stored.of_kind("messages")
+    assert place.create("--format", "adapter", output="adapter") == 3
+    assert "served through `qwen3-coder`" in capsys.readouterr().err
+
+
 def test_the_adapter_goes_where_it_is_served_right(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,8 +92,8 @@ def _change(
         release = registry.set_alias(name, options.alias or "", options.tag or LATEST)
         return _facts(release) | {"action": action, "alias": options.alias}
     if action == "rollback":
-        reference = None if options.rollback == PARENT else options.rollback
-        return _facts(registry.rollback(name, reference)) | {"action": action}
+        wanted = None if options.rollback == PARENT else options.rollback
+        return _facts(registry.rollback(name, wanted)) | {"action": action}
     reference = options.restore or LATEST
     files = registry.restore(name, reference, options.export)
     release = registry.get(name, reference)
