@@ -33,10 +33,12 @@ _FAULTS = _parse(os.environ.get("OLLATUNE_FAULT", ""))
 
 def fault_point(name: str) -> bool:
     """True when a `nan` fault is due here. Other due faults kill the process, send a signal or raise."""
+    due = []
     for fault in _FAULTS.get(name, ()):
         fault.seen += 1
-        if fault.seen != fault.at:
-            continue
+        if fault.seen == fault.at:
+            due.append(fault)
+    for fault in due:
         if fault.action == "nan":
             return True
         if fault.action == "oom":

@@ -167,12 +167,6 @@ class AdvancedConfig(Section):
     share_prefixes: bool = Field(
         True, description="Compute a prefix that examples of a batch share only once (exact)."
     )
-    distill_from: str | None = Field(
-        None,
-        description="Path of a teacher GGUF with the same tokenizer, or None. Its distribution is added to the loss.",
-    )
-    distill_weight: Fraction = Field(0.5, description="Share of the teacher's loss.")
-    distill_temperature: float = Field(1.0, gt=0, description="Temperature of both distributions.")
 
 
 class DataSource(Section):

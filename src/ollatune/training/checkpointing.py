@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ollatune.base.errors import InputError, StorageError, UsageError
 from ollatune.base.faults import fault_point
-from ollatune.base.files import free_bytes, staged_file
+from ollatune.base.files import free_bytes, staged_file, storage_error
 from ollatune.base.log import get_logger
 from ollatune.base.text import format_bytes
 from ollatune.checkpoint.format import Checkpoint, write_checkpoint
@@ -127,6 +127,14 @@ class Saver:
 
     def save(self, run: TrainingRun, name: str, is_best: bool) -> None:
         """Write checkpoint `name`, and best_model.pt if it is the best so far. Raises StorageError."""
+        try:
+            self._save(run, name, is_best)
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise storage_error(error, self.store.folder / name) from error
+
+    def _save(self, run: TrainingRun, name: str, is_best: bool) -> None:
         if is_best:
             best = make_checkpoint(run, self.identity, with_optimizer=False)
             fault_point("save.before_best")
@@ -167,7 +175,7 @@ WARN_KEYS = (
     "training.warmup_steps", "training.warmup_fraction", "training.min_learning_rate_fraction",
     "training.weight_decay", "training.max_grad_norm", "training.batch_size",
     "training.gradient_accumulation_steps", "training.adam_", "training.label_smoothing",
-    "training.deterministic", "advanced.lora_dropout", "advanced.distill", "model.dtype",
+    "training.deterministic", "advanced.lora_dropout", "model.dtype",
     "model.quantization",
 )  # fmt: skip
 

@@ -218,8 +218,9 @@ class TrainingRun:
                 with record_function("backward"):
                     (loss / num_targets).backward()
                 sums.loss += loss.detach()
-                sums.num_tokens += row.num_tokens_unshared
-                sums.num_computed += row.num_tokens
+                if row.num_targets:  # not the placeholder of a process without examples
+                    sums.num_tokens += row.num_tokens_unshared
+                    sums.num_computed += row.num_tokens
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -11,16 +11,20 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ollatune.base.errors import LockedError, UsageError
 from ollatune.base.files import clean_staging, make_folder, storage_error, write_json, write_text
 from ollatune.base.log import get_logger
 
 LOCK_NAME = ".run.lock"
+_OWNER_WAIT_SECONDS = 0.3
 
 
 def utc_now() -> str:
@@ -168,11 +172,18 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _locked(folder: Path, path: Path) -> LockedError:
-    try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-        who = f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        who = "another process"
+    """The error that names the owner; one that has only just got the lock is given a moment to write its name."""
+    who = "another process"
+    deadline = time.monotonic() + _OWNER_WAIT_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            owner = json.loads(path.read_text(encoding="utf-8"))
+            who = f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
+            if owner["boot"] == _boot_id() and psutil.pid_exists(owner["pid"]):
+                break
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        time.sleep(0.01)
     return LockedError(
         f"{folder} is in use by {who}.",
         hint="Wait until it ends, stop it, or choose another folder with --output.",

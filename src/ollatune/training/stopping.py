@@ -10,21 +10,26 @@ from typing import Any
 
 @dataclass
 class EarlyStopping:
-    """Stops after `patience` validations whose loss is not lower than the best by more than `min_delta`.
+    """Stops after `patience` validations in a row without improvement; None never stops.
 
-    `patience` None never stops, but the best is tracked all the same.
+    An improvement is a loss lower by more than `min_delta` than at the last improvement, so that many small steps
+    down count, too. `best` is the lowest loss of all.
     """
 
     patience: int | None
     min_delta: float = 0.0
     best: float = math.inf
+    last_improvement: float = math.inf
     num_bad: int = 0
 
     def update(self, val_loss: float) -> bool:
         """Take one validation loss; returns whether it is the best so far."""
-        improved = val_loss < self.best - self.min_delta
+        if val_loss < self.last_improvement - self.min_delta:
+            self.last_improvement = val_loss
+            self.num_bad = 0
+        else:
+            self.num_bad += 1
         is_best = val_loss < self.best
-        self.num_bad = 0 if improved else self.num_bad + 1
         if is_best:
             self.best = val_loss
         return is_best
@@ -34,10 +39,15 @@ class EarlyStopping:
         return self.patience is not None and self.num_bad >= self.patience
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best, "num_bad": self.num_bad}
+        return {
+            "best": self.best,
+            "last_improvement": self.last_improvement,
+            "num_bad": self.num_bad,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.best, self.num_bad = state["best"], state["num_bad"]
+        self.last_improvement = state["last_improvement"]
 
 
 @dataclass

@@ -1,0 +1,193 @@
+"""What breaks during training ends as it should; the great numbers are in benchmarks/faults.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ollatune.base.errors import InputError
+from ollatune.checkpoint.format import read_checkpoint
+from ollatune.checkpoint.store import newest_checkpoint
+from ollatune.training.run_folder import RunFolder
+from tests.run_helpers import (
+    assert_same_weights,
+    inject,
+    run,
+    steps_of,
+    tiny_base,
+    train_command,
+    write_records,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_records(tmp_path_factory.mktemp("data"), train=8, validation=2, test=0)
+
+
+def command(base: Path, data: Path, output: Path, *more: str) -> list[str]:
+    """Four steps, a checkpoint at each second one."""
+    return train_command(base, data, output, "--set", "validation.samples=0", *more)
+
+
+def last(output: Path) -> Path:
+    return output / "checkpoints" / "epoch_2.pt"
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole")
+    assert run(command(base, data, output)) == 0
+    return output
+
+
+def test_nan_stops_before_the_update(
+    base: Path, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with inject("train.loss:nan@3"):
+        assert run(command(base, data, tmp_path)) == 6
+    assert "Not finite at step 3" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "diverged"
+    assert newest_checkpoint(tmp_path / "checkpoints")[1].is_finite()
+    assert run(command(base, data, tmp_path, "--resume", "auto")) == 0
+    assert_same_weights(last(whole), last(tmp_path))
+    assert steps_of(tmp_path) == steps_of(whole)
+
+
+def test_nan_is_skipped_and_counted(base: Path, data: Path, tmp_path: Path) -> None:
+    with inject("train.loss:nan@2"):
+        assert run(command(base, data, tmp_path, "--set", "training.on_non_finite=skip")) == 0
+    values = json.loads((tmp_path / "run.json").read_text())
+    assert (values["steps"], values["skipped_steps"]) == (4, 1)
+    assert [step["step"] for step in steps_of(tmp_path)] == [1, 3, 4]
+
+
+def test_too_many_skips_in_a_row_stop(base: Path, data: Path, tmp_path: Path) -> None:
+    faults = ",".join(f"train.loss:nan@{n}" for n in (1, 2, 3, 4))
+    with inject(faults):
+        assert run(command(base, data, tmp_path, "--set", "training.on_non_finite=skip")) == 6
+
+
+def test_nan_rolls_back_leaves_the_batch_out_and_halves_the_rate(
+    base: Path, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    with inject("train.loss:nan@4"):
+        assert run(command(base, data, tmp_path, "--set", "training.on_non_finite=rollback")) == 0
+    values = json.loads((tmp_path / "run.json").read_text())
+    assert (values["steps"], values["rollbacks"]) == (4, 1)
+    steps, plain = steps_of(tmp_path), steps_of(whole)
+    assert [step["step"] for step in steps] == [1, 2, 3]  # nothing twice, the fourth left out
+    assert steps[:2] == plain[:2]
+    assert steps[2]["learning_rate"] == pytest.approx(plain[2]["learning_rate"] / 2)
+
+
+def test_nothing_to_roll_back_to(base: Path, data: Path, tmp_path: Path) -> None:
+    with inject("train.loss:nan@1"):
+        assert run(command(base, data, tmp_path, "--set", "training.on_non_finite=rollback")) == 6
+
+
+def test_out_of_memory_is_the_run_with_half_the_size(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Dropout and all: bit by bit, and a resume remembers."""
+    half = command(
+        base, data, tmp_path / "half", "--batch-size", "1", "--gradient-accumulation-steps", "4"
+    )
+    assert run(half) == 0
+    with inject("train.micro_batch:oom@2,train.step:interrupt@3"):
+        assert run(command(base, data, tmp_path / "oom")) == 130
+    assert run(command(base, data, tmp_path / "oom", "--resume", "auto")) == 0
+    assert steps_of(tmp_path / "half") == steps_of(tmp_path / "oom")
+    assert_same_weights(last(tmp_path / "half"), last(tmp_path / "oom"))
+    assert read_checkpoint(last(tmp_path / "oom")).resume["state"]["split"] == 2
+
+
+def test_out_of_memory_with_one_example(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with inject("train.micro_batch:oom@1,train.micro_batch:oom@2"):
+        assert run(command(base, data, tmp_path)) == 7
+    assert "model.quantization=as-served" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("point", ["save.before_best", "save.before_checkpoint"])
+def test_disk_full_in_the_second_save(
+    base: Path, data: Path, whole: Path, tmp_path: Path, point: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with inject(f"{point}:enospc@2"):
+        assert run(command(base, data, tmp_path)) == 5
+    assert "Disk full while writing" in capsys.readouterr().err
+    first = (tmp_path / "checkpoints" / "epoch_1.pt").read_bytes()
+    assert run(command(base, data, tmp_path, "--resume", "auto")) == 0
+    assert (tmp_path / "checkpoints" / "epoch_1.pt").read_bytes() == first
+    assert_same_weights(last(whole), last(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other locks")
+def test_the_second_run_in_a_folder_names_the_first(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunFolder(tmp_path).lock():
+        assert run(command(base, data, tmp_path)) == 8
+    message = capsys.readouterr().err
+    assert re.search(rf"is in use by process {os.getpid()} on \S+, started 20\d\d-", message)
+    assert run(command(base, data, tmp_path, "--max-steps", "1")) == 0
+
+
+def test_every_flipped_bit_is_noticed(whole: Path, tmp_path: Path) -> None:
+    content = last(whole).read_bytes()
+    index = (whole / "checkpoints" / "index.json").read_bytes()
+    for place in range(0, len(content), len(content) // 12):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        (folder / "index.json").write_bytes(index)
+        (folder / "epoch_1.pt").write_bytes((whole / "checkpoints" / "epoch_1.pt").read_bytes())
+        damaged = bytearray(content)
+        damaged[place] ^= 0x10
+        (folder / "epoch_2.pt").write_bytes(bytes(damaged))
+        said: list[str] = []
+        path, checkpoint = newest_checkpoint(folder, report=said.append)
+        assert (path.name, checkpoint.epoch, len(said)) == ("epoch_1.pt", 1, 1), place
+        assert (folder / "corrupt-epoch_2.pt").is_file()
+
+
+def test_all_checkpoints_damaged(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "epoch_1.pt").write_bytes(last(whole).read_bytes()[:-100])
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        newest_checkpoint(tmp_path, report=lambda text: None)
+
+
+def test_a_half_written_line_of_metrics_is_repaired(
+    base: Path, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    with inject("train.step:interrupt@3"):
+        assert run(command(base, data, tmp_path)) == 130
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"type": "step", "step": 4, "lo')
+    assert run(command(base, data, tmp_path, "--resume", "auto")) == 0
+    assert steps_of(tmp_path) == steps_of(whole)
+
+
+@pytest.mark.slow
+def test_a_tenth_of_the_faults_benchmark() -> None:
+    finished = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "faults.py")],
+        env=os.environ | {"FAULTS": "quick"}, capture_output=True, text=True, timeout=290, check=False,
+    )  # fmt: skip
+    results = json.loads(finished.stdout.splitlines()[-1])
+    assert {goal: result["failed"] for goal, result in results.items()} == dict.fromkeys(results, 0)
+    assert len(results) == 8
