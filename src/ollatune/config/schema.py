@@ -316,4 +316,6 @@ class Config(Section):
     def _combinations(self) -> Config:
         if self.data.validation_fraction + self.data.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must leave something to train on")
+        if self.data.window_overlap >= self.model.context_window:
+            raise ValueError("data.window_overlap must be smaller than model.context_window")
         return self

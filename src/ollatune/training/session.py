@@ -156,6 +156,8 @@ class Session:
         check_family(source, self.config.model.model_family, self.base.architecture)
         logger.info("Base model %s, %s template.", source.name, self.base.template.source)
         splits = load_data(self.config, self.base)
+        if splits.rejections.errors and self.processes.is_main:
+            splits.rejections.write(self.folder.path / "rejected.jsonl")
         mode = choose_mode(self.config, self.base, dtype, device)
         placement = Placement(device, dtype, mode)
         self.identity = self._identity(source, splits, dtype, mode)
