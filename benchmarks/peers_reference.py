@@ -3,8 +3,8 @@
     python benchmarks/peers_reference.py SETTING FILE STEPS
 
 SETTING: `trainer-default` (what Trainer does by default: fp32, padded), `bf16` (the same in bf16), `packed` (rows
-packed by hand with position ids and a block-diagonal mask, fp32), `packed-bf16`, or `shared-packed` (questions about one
-context). Prints one JSON object.
+packed by hand with position ids and a block-diagonal mask, fp32), `packed-bf16`, or `shared-packed`
+(questions about one context). Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -151,6 +151,7 @@ def make_loader(
         LoaderSettings(
             batch_size=plan.batch_size,
             accumulation_steps=plan.accumulation_steps,
+            token_budget=config.data.tokens_per_batch,
             rank=processes.rank,
             world_size=processes.count,
         ),
