@@ -193,6 +193,12 @@ def create_modelfile(
         str | None,
         typer.Option("--create", help="Also create this model in Ollama, and verify it."),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", help="With --create: records to verify with.  [the run's test files]"
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="With --create: replace a tag that exists.")
     ] = False,
@@ -227,6 +233,7 @@ def create_modelfile(
             force,
             dry_run,
             format,
+            data,
         )
     )
     _finish(result, as_json, _export_text)

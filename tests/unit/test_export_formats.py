@@ -136,6 +136,9 @@ def test_older_names_say_what_the_newer_ones_say() -> None:
     assert filled["torch_dtype"] == filled["dtype"] == "float16"
     assert filled["rope_theta"] == 5e5
     assert filled["rope_scaling"] == {"rope_type": "llama3", "type": "llama3", "factor": 8.0}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    stretched = readable_by_older({"rope_parameters": yarn, "max_position_embeddings": 256})
+    assert stretched["max_position_embeddings"] == 64
     plain = readable_by_older({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
     assert plain["rope_scaling"] is None
 
@@ -239,7 +242,9 @@ def test_each_export_names_itself_in_its_metadata(tmp_path: Path) -> None:
 
 def test_a_licence_loses_only_what_the_parser_would_drop(tmp_path: Path) -> None:
     base, checkpoint, config = tiny(tmp_path / "base")
-    licensed = with_source(base, licences=("A\u00a0licence\x0c\nof two lines", '"""two\nlines """\n""" more'))
+    licensed = with_source(
+        base, licences=("A\u00a0licence\x0c\nof two lines", '"""two\nlines """\n""" more')
+    )
     bundle = write_bundle(licensed, checkpoint, config, tmp_path / "out", context=256)
     assert bundle.modelfile.licenses == ("A licence \nof two lines",)
     assert bundle.serving.licences == licensed.source.licences

@@ -99,7 +99,7 @@ def create_in_ollama(
     """
     assert options.create is not None
     checkpoint, run_config, base = load_run(options.checkpoint, options.model)
-    samples = held_out_samples(run_config, None, split="test")
+    samples = held_out_samples(run_config, options.data)
 
     with PullBars() as bars, OllamaClient(config.ollama.host) as client:
 

@@ -36,6 +36,7 @@ class ExportOptions:
     force: bool = False
     dry_run: bool = False
     format: str = "gguf"
+    data: Path | None = None
 
 
 def export_config(options: ExportOptions, trained_with: dict[str, Any]) -> Config:

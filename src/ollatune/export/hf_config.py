@@ -29,4 +29,7 @@ def readable_by_older(config: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         kept = {key: value for key, value in rope.items() if key != "rope_theta"}
         filled["rope_scaling"] = kept | {"type": rope["rope_type"]}
+    if rope.get("rope_type") == "yarn":
+        # Older releases take this for the length before the stretching, and models are published so.
+        filled["max_position_embeddings"] = rope["original_max_position_embeddings"]
     return filled
