@@ -33,6 +33,9 @@ format: $(INSTALLED)
 bench: $(INSTALLED)  ## measured side by side with what a user would pick instead
 	$(BIN)/python benchmarks/gguf.py --json
 
+faults: $(INSTALLED)  ## break runs in every way we know; FAULTS=quick does a tenth
+	@$(BIN)/python benchmarks/faults.py
+
 docs: $(INSTALLED)  ## regenerate the command and configuration references
 	$(BIN)/python scripts/make_docs.py
 

@@ -132,7 +132,9 @@ def test_one_failing_process_ends_all_with_one_message(
     point = "save.before_checkpoint:enospc@1" if rank == 0 else "train.step:enospc@2"
     results = launch(2, command, faults={rank: point})
     messages = [line for _, error in results for line in error.splitlines() if "rror" in line]
-    assert [code for code, _ in results][1 - rank] == (5 if rank == 0 else 1), results
+    # Where the first process fails, the store goes with it here; under torchrun it lives on.
+    assert results[rank][0] == (5 if rank == 0 else 1), results
+    assert results[1 - rank][0] in (1, 5), results
     assert results[1 - rank][1].count("Traceback") == 0, results
     assert any("No space left" in line or "Disk full" in line for line in messages), results
     status = json.loads((tmp_path / "out" / "run.json").read_text())

@@ -114,8 +114,13 @@ class Processes:
         key = f"ollatune/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         try:
             first = json.loads(self._store.compare_set(key, "", mine))
-        except (RuntimeError, ValueError):  # the store died with the process that held it
-            return error
+        except (
+            RuntimeError,
+            ValueError,
+        ):  # the store is gone, and with it the process that held it
+            if isinstance(error, OllatuneError):
+                return error
+            return EndedElsewhereError("The first process ended.", exit_code=1)
         if first["rank"] != self.rank:
             return EndedElsewhereError(
                 f"Process {first['rank']}: {first['message']}", exit_code=first["code"]

@@ -97,7 +97,7 @@ class TrainingRun:
         save_every = training.checkpoint_every_steps
         if epoch_ended or is_last or (every and state.step % every == 0):
             self._validate(epoch_ended)
-        elif save_every and state.step % save_every == 0:
+        elif save_every and state.step % save_every == 0 and state.last_saved_step != state.step:
             self._save(f"step_{state.step}.pt", is_best=False)
         fault_point("train.boundary")
 
