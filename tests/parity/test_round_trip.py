@@ -186,6 +186,17 @@ def test_other_architectures(place: Place) -> None:
         assert chat(client, "ramsey-model") == trained_answer(place)
 
 
+def test_what_would_be_served_otherwise_gets_no_tag(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.train()
+    assert place.create("--create", "cut", "--set", 'export.stop=["s"]') == 9
+    errors = capsys.readouterr().err
+    assert "Cause: stop." in errors
+    assert f"`cut` was not created; the export is in {place.folder / 'export'}." in errors
+    assert place.names() == ["tiny:latest"]
+
+
 def test_what_a_base_has_beyond_its_training_is_left_out(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:

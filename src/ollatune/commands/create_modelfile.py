@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ollatune.base.errors import InputError, ServiceError, UsageError
+from ollatune.base.errors import InputError, ServiceError, UsageError, VerificationError
 from ollatune.base.log import get_logger
 from ollatune.base.text import did_you_mean, format_bytes
 from ollatune.config.load import ParsedYaml, load_config
@@ -167,6 +167,9 @@ def _created(options: ExportOptions, create: Any) -> dict[str, Any]:
     try:
         created: dict[str, Any] = create()
         return created
+    except VerificationError as error:
+        error.hint = f"{error.hint} `{options.create}` was not created; the export is in {options.output}.".strip()
+        raise
     except ServiceError as error:
         error.message = (
             f"The export is written to {options.output} and complete, but `{options.create}` was not created: "
