@@ -54,6 +54,25 @@ def test_the_last_partial_accumulation_is_a_step(base: Path, tmp_path: Path, tra
     assert len(steps_of(tmp_path / "out")) == 2 * -(-train // 4)
 
 
+def test_token_budgets_train_each_example_once_an_epoch(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    budget = train_command(
+        base, data, tmp_path / "budget", "--set", "data.tokens_per_batch=200", "--epochs", "3"
+    )
+    assert run(budget) == 0
+    assert run(train_command(base, data, tmp_path / "plain", "--epochs", "3")) == 0
+    totals = [
+        [
+            sum(step[key] for step in steps_of(tmp_path / name))
+            for key in ("num_tokens", "num_targets")
+        ]
+        for name in ("budget", "plain")
+    ]
+    assert totals[0] == totals[1]
+    assert len(steps_of(tmp_path / "budget")) != len(steps_of(tmp_path / "plain"))
+
+
 def test_fast_path_and_shared_beginnings_change_nothing(
     base: Path, data: Path, tmp_path: Path
 ) -> None:

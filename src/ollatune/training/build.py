@@ -161,13 +161,17 @@ def make_loader(
 def total_steps(config: Config, loader: BatchLoader, state: RunState | None = None) -> int:
     """Optimiser steps of the whole run: those that `state` has done (None: none yet), and those still to do."""
     state = state or RunState()
-    epochs = range(state.epoch, config.training.epochs)
-    steps = state.step + sum(loader.steps_per_epoch(epoch) for epoch in epochs)
     settings = loader.settings
-    examples = settings.batch_size * settings.accumulation_steps * settings.world_size
-    if epochs:  # the first of them may have begun
-        left = loader.epoch_size - state.position % loader.epoch_size
-        steps += -(-left // examples) - loader.steps_per_epoch(state.epoch)
+    if settings.token_budget is not None:  # how many fit into a row differs from step to step
+        ahead = loader.steps(state.position, num_epochs=config.training.epochs)
+        steps = state.step + sum(1 for _ in ahead)
+    else:
+        epochs = range(state.epoch, config.training.epochs)
+        steps = state.step + sum(loader.steps_per_epoch(epoch) for epoch in epochs)
+        examples = settings.batch_size * settings.accumulation_steps * settings.world_size
+        if epochs:  # the first of them may have begun
+            left = loader.epoch_size - state.position % loader.epoch_size
+            steps += -(-left // examples) - loader.steps_per_epoch(state.epoch)
     limit = config.training.max_steps
     return steps if limit is None else min(steps, limit)
 
