@@ -164,8 +164,7 @@ class OllamaServed:
                 f"`{self.model}` did not answer: it ended with {reply.done_reason or 'no reason'!r}."
             )
         tokens = [
-            ServedToken(token.raw, None, _by_bytes(token.alternatives))
-            for token in reply.logprobs
+            ServedToken(token.raw, None, _by_bytes(token.alternatives)) for token in reply.logprobs
         ]
         return ServedAnswer(
             text=reply.thinking + reply.text,
