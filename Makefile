@@ -19,7 +19,7 @@ test: $(INSTALLED)  ## the tests that run on every change; under two minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)  ## the rest: real weights, the engine, faults
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist load
 
 check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check .
