@@ -82,6 +82,7 @@ def single(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return output
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(base: Path, data: Path, single: Path, tmp_path: Path) -> None:
     """In the last step of each epoch the second process has no example at all."""
     command = with_sizes(train_command(base, data, tmp_path / "out", *NO_DROPOUT), 2, 2)
