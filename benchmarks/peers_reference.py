@@ -10,7 +10,6 @@ packed by hand with position ids and a block-diagonal mask, fp32), `packed-bf16`
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ def main() -> None:
     setting, file, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import torch
-    from benchmarks.speed_data import batches
+    from benchmarks.speed_data import batches, summary
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
@@ -50,17 +49,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
         losses.append(float(loss.detach()))
         tokens = sum(len(ids) for ids, _ in examples)
-    seconds.sort()
-    print(
-        json.dumps(
-            {
-                "tokens_per_second": round(tokens / seconds[len(seconds) // 2], 2),
-                "best_tokens_per_second": round(tokens / seconds[0], 2),
-                "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-                "loss": losses[-1],
-            }
-        )
-    )
+    print(json.dumps(summary(seconds, losses, tokens)))
 
 
 def _padded(examples: Any) -> dict[str, Any]:

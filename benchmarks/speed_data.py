@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 
 import numpy as np
@@ -43,3 +44,14 @@ def _questions(generator: np.random.Generator) -> list[Example]:
         is_target[-QUESTION_TOKENS // 2 :] = True
         examples.append((tokens, is_target))
     return examples
+
+
+def summary(seconds: list[float], losses: list[float], tokens: int) -> dict[str, float]:
+    """What every system reports: median and best speed over its steps, peak memory, the last loss."""
+    ordered = sorted(seconds)
+    return {
+        "tokens_per_second": round(tokens / ordered[len(ordered) // 2], 2),
+        "best_tokens_per_second": round(tokens / ordered[0], 2),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "loss": losses[-1],
+    }

@@ -9,7 +9,6 @@ one context). Prints one JSON object.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ def main() -> None:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import numpy as np
     import torch
-    from benchmarks.speed_data import batches
+    from benchmarks.speed_data import batches, summary
 
     from ollatune.gguf.reader import GGUFFile
     from ollatune.modeling.fast.forward import CausalStep, PackedRow
@@ -63,18 +62,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
         losses.append(float(loss.detach()))
         tokens = sum(len(ids) for ids, _ in examples)
-    seconds.sort()
-    print(
-        json.dumps(
-            {
-                "dtype": dtype,
-                "tokens_per_second": round(tokens / seconds[len(seconds) // 2], 2),
-                "best_tokens_per_second": round(tokens / seconds[0], 2),
-                "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-                "loss": losses[-1],
-            }
-        )
-    )
+    print(json.dumps({"dtype": dtype} | summary(seconds, losses, tokens)))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ollatune.base.errors import InputError
 from ollatune.base.files import write_json
@@ -25,6 +26,7 @@ from ollatune.commands.verify import (
 from ollatune.evaluation.engine import LlamaCppEngine
 from ollatune.evaluation.score import compare_scores
 from ollatune.evaluation.served import LlamaCppServed
+from ollatune.training.environment import peak_memory_bytes
 
 DEMO_CONFIG = Path("configs/demo.yaml")
 DEMO_FOLDER = Path("runs/demo")
@@ -90,7 +92,7 @@ def run_demo(config: Path = DEMO_CONFIG, folder: Path = DEMO_FOLDER) -> dict[str
         "train_seconds": trained["train_seconds"],
         "total_seconds": round(total_seconds, 2),
         "tokens_per_second": trained["tokens_per_second"],
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_memory_mb": round(peak_memory_bytes(torch.device("cpu")) / 2**20, 1),
         "smallest_recovery": exported["smallest_recovery"],
         "gguf": exported["gguf"],
         "modelfile": exported["modelfile"],

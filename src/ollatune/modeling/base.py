@@ -5,7 +5,6 @@ Lookup order: embedded model, `.gguf` path, local Ollama store, a running server
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,11 +147,6 @@ def from_stored(stored: StoredModel) -> BaseSource:
     )
 
 
-def describe_origin(source: BaseSource) -> str:
-    """One line for the log: name, where it came from, digest."""
-    return f"{source.name} ({source.origin}, sha256 {source.digest[:12]})"
-
-
 def check_family(source: BaseSource, expected: str | None, found: str) -> None:
     """Raise UsageError when the configuration expects another family than the file has."""
     if expected and expected != found:
@@ -160,8 +154,3 @@ def check_family(source: BaseSource, expected: str | None, found: str) -> None:
             f"model.model_family is `{expected}`, but {source.name} is a `{found}` model.",
             hint="Correct model_family, or leave it out.",
         )
-
-
-def timed(label: str, started: float) -> None:
-    """Log how long a phase of start-up took."""
-    get_logger("startup").debug("%s: %.2f s", label, time.perf_counter() - started)

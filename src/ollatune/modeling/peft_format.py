@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +55,3 @@ def peft_config(state: dict[str, Tensor], settings: LoRASettings, base_name: str
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-
-
-def load_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (by our names) and configuration of a PEFT adapter folder."""
-    from safetensors.torch import load
-
-    tensors = load((folder / WEIGHTS_NAME).read_bytes())
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}, config

@@ -14,7 +14,7 @@ from torch import nn
 from ollatune.base.errors import UsageError
 from ollatune.base.log import get_logger
 from ollatune.base.text import format_count
-from ollatune.config.schema import Config, DataConfig, DataSource
+from ollatune.config.schema import Config, DataConfig
 from ollatune.data.conversation import Conversation
 from ollatune.data.dataset import load_dataset
 from ollatune.data.load import DatasetSplits, make_order
@@ -132,17 +132,13 @@ def _recompute_activations(model: nn.Module) -> None:
     transformers_model.enable_input_require_grads()
 
 
-def sources_of(config: Config) -> list[DataSource]:
-    return list(config.data.sources)
-
-
 def make_loader(
     config: Config, splits: DatasetSplits, processes: Processes, plan: BatchPlan | None = None
 ) -> BatchLoader:
     """The training stream of this process, cut as `plan` says (None: as configured)."""
     plan = plan or configured_plan(config)
     order = make_order(
-        splits.train, config.data, seed=config.training.seed, sources=sources_of(config),
+        splits.train, config.data, seed=config.training.seed, sources=config.data.sources,
         group_size=plan.batch_size,
     )  # fmt: skip
     return BatchLoader(

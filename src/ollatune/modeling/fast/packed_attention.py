@@ -33,10 +33,6 @@ class AttentionShape:
     window: int | None = None
     softcap: float | None = None
 
-    @property
-    def repeats(self) -> int:
-        return self.num_heads // self.num_groups
-
 
 @dataclass(frozen=True)
 class _Block:
