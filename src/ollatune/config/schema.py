@@ -169,6 +169,29 @@ class AdvancedConfig(Section):
     )
 
 
+class DistillationConfig(Section):
+    teacher: str | None = Field(
+        None,
+        description=(
+            "A larger model of the same vocabulary whose predictions take part in the loss (named like "
+            "`model.base_model`); None trains on the data alone."
+        ),
+        min_length=1,
+    )
+    weight: Fraction = Field(
+        0.5,
+        description="Share of the teacher in the loss: (1 - weight) · cross-entropy + weight · temperature² · KL.",
+    )
+    temperature: float = Field(
+        2.0,
+        gt=0,
+        description="Softens both distributions; above 1 the teacher's second choices count.",
+    )
+    quantization: Literal["auto", "as-served", "none"] = Field(
+        "auto", description="How the teacher's weights are held (see `model.quantization`)."
+    )
+
+
 class DataSource(Section):
     path: str = Field(description="File or folder.")
     weight: float = Field(1.0, gt=0, description="Relative share of this source in an epoch.")
@@ -305,6 +328,7 @@ class Config(Section):
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
     advanced: AdvancedConfig = Field(default_factory=lambda: AdvancedConfig())
+    distillation: DistillationConfig = Field(default_factory=lambda: DistillationConfig())
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     validation: ValidationConfig = Field(default_factory=lambda: ValidationConfig())
     export: ExportConfig = Field(default_factory=lambda: ExportConfig())

@@ -16,13 +16,14 @@ from ollatune.base.log import get_logger
 from ollatune.gguf.codecs import dequantize
 from ollatune.gguf.reader import GGUFFile, TensorInfo
 from ollatune.modeling.architectures import Architecture, TensorRule, architecture_of
+from ollatune.modeling.nf4 import NF4Linear, is_quantizable
 from ollatune.modeling.packed import view_of
 from ollatune.modeling.packing import pack_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Mode = Literal["dense", "packed"]
+Mode = Literal["dense", "packed", "nf4"]
 
 _PIECE_WEIGHTS = 16 << 20
 """Weights decoded at once: 64 MiB as float32."""
@@ -88,7 +89,7 @@ def load_base_model(
         if mode == "packed":
             filled = pack_model(model, rules, source, dtype=dtype, device=torch.device(device))
         rest = [rule for rule in rules if rule.gguf_name not in filled]
-        _fill_parameters(model, rest, source, dtype, device)
+        _fill_parameters(model, rest, source, dtype, device, to_nf4=mode == "nf4")
         _tie_head(model)
     unfilled = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     assert not unfilled, f"no rule fills {unfilled}"
@@ -146,18 +147,30 @@ def _fill_parameters(
     source: TensorSource,
     dtype: torch.dtype,
     device: str | torch.device,
+    *,
+    to_nf4: bool,
 ) -> None:
-    """Decode each tensor into its parameter, which is allocated when its first tensor comes."""
+    """Decode each tensor into its parameter, which is allocated when its first tensor comes.
+
+    `to_nf4` re-quantises each linear layer as soon as its last tensor is there, so that no more than one is dense.
+    """
+    last_of = {rule.hf_name: rule for rule in rules}
     for rule in rules:
         module = model.get_submodule(rule.hf_module)
         attribute = rule.hf_name.rpartition(".")[2]
+        becomes_nf4 = to_nf4 and attribute == "weight" and is_quantizable(rule.hf_module, module)
         parameter: Any = getattr(module, attribute)
         if parameter.is_meta:
-            values = torch.empty(parameter.shape, dtype=dtype, device=device)
+            values = torch.empty(
+                parameter.shape, dtype=torch.float32 if becomes_nf4 else dtype, device=device
+            )
             parameter = nn.Parameter(values, requires_grad=False)
             setattr(module, attribute, parameter)
         blocks, info = source.blocks(rule.gguf_name).to(device), source.info(rule.gguf_name)
         decode_into(rule.transform.part(parameter.data), blocks, info, rule)
+        if becomes_nf4 and last_of[rule.hf_name] is rule:
+            bias: Any = module.bias
+            model.set_submodule(rule.hf_module, NF4Linear(parameter.data, bias, dtype))
 
 
 def decode_into(target: Tensor, blocks: Tensor, info: TensorInfo, rule: TensorRule) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,7 @@ from ollatune.data.dataset import load_dataset
 from ollatune.data.load import DatasetSplits, make_order
 from ollatune.data.loader import BatchLoader, LoaderSettings, evaluation_batches
 from ollatune.modeling.fast.decoder import is_supported
-from ollatune.modeling.fast.forward import CausalStep
-from ollatune.modeling.load import load_base_model
+from ollatune.modeling.load import Mode, load_base_model
 from ollatune.modeling.lora import (
     count_parameters,
     inject_lora,
@@ -34,11 +32,14 @@ from ollatune.training.batch_plan import BatchPlan, configured_plan, probed_plan
 from ollatune.training.distributed import Processes
 from ollatune.training.environment import DTYPES
 from ollatune.training.loop import TrainingRun
+from ollatune.training.loss_scale import LossScale
 from ollatune.training.optimizer import build_optimizer
+from ollatune.training.placement import Placement
 from ollatune.training.reports import Hooks
 from ollatune.training.schedule import Schedule
 from ollatune.training.state import RunState, seed_everything
 from ollatune.training.stopping import EarlyStopping, OverfittingWatch
+from ollatune.training.teaching import make_step_function
 from ollatune.training.validation import Metric, SamplePrompt, Validator
 
 
@@ -90,20 +91,20 @@ def load_data(config: Config, base: OpenBase) -> DatasetSplits:
 
 
 def build_model(
-    config: Config, base: OpenBase, *, dtype: str, mode: str, device: torch.device
+    config: Config, base: OpenBase, *, dtype: str, mode: Mode, device: torch.device
 ) -> nn.Module:
     """The base model with what the method trains made trainable."""
     settings = config.advanced
-    if not settings.lora_enabled and mode == "packed":
+    if not settings.lora_enabled and mode != "dense":
         raise UsageError(
-            "All weights cannot be trained while they stay packed.",
+            f"All weights cannot be trained while they stay {'packed' if mode == 'packed' else 'in NF4'}.",
             hint="Set model.quantization: none, or train an adapter (advanced.lora_enabled: true).",
         )
     compute = DTYPES[dtype]
     if not settings.lora_enabled:
-        compute = torch.float32  # small updates vanish in 8 bits of mantissa
+        compute = torch.float32  # small updates vanish in 8 bits of mantissa; products are autocast
     model: nn.Module = load_base_model(
-        base.gguf, mode="packed" if mode == "packed" else "dense", dtype=compute, device=device,
+        base.gguf, mode=mode, dtype=compute, device=device,
         serving_context=context_window(config, base),
     )  # fmt: skip
     if settings.lora_enabled:
@@ -209,15 +210,6 @@ def sample_prompts(splits: DatasetSplits, base: OpenBase, limit: int | None) -> 
     return prompts
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where and in which number type the model computes; `mode` is `dense` or `packed`."""
-
-    device: torch.device
-    dtype: str
-    mode: str
-
-
 def build_run(
     config: Config,
     base: OpenBase,
@@ -226,10 +218,12 @@ def build_run(
     processes: Processes,
     hooks: Hooks,
     plan: BatchPlan | None = None,
+    teacher: OpenBase | None = None,
 ) -> TrainingRun:
     """Model, optimiser, schedule and loader of a new run; `checkpointing.restore` turns it into a resumed one.
 
-    Without a `plan` the optimiser batch is cut as configured, or by probing where that says `auto`.
+    `teacher` takes part in the loss. Without a `plan` the optimiser batch is cut as configured, or by probing where
+    that says `auto`.
     """
     seed_everything(config.training.seed, deterministic=config.training.deterministic)
     model = build_model(
@@ -241,16 +235,10 @@ def build_run(
         format_count(count_parameters(parameters)),
         format_count(sum(p.numel() for p in model.parameters())),
     )
-    training = config.training
-    step_function = CausalStep(
-        model,
-        label_smoothing=training.label_smoothing,
-        use_fast_path=training.fast_path,
-        recompute=training.activation_checkpointing,
-    )
+    step_function = make_step_function(config, model, placement, teacher)
     trained = [parameter for _, parameter in parameters]
     loader = make_loader(config, splits, processes, plan)
-    if plan is None and training.batch_size == "auto":
+    if plan is None and config.training.batch_size == "auto":
         plan = probed_plan(
             configured_plan(config), step_function, loader, trained, processes
         )  # fmt: skip
@@ -268,6 +256,7 @@ def build_run(
         early_stopping=EarlyStopping(
             config.training.early_stopping_patience, config.training.early_stopping_min_delta
         ),
+        loss_scale=LossScale.for_dtype(placement.dtype),
         overfitting=OverfittingWatch(config.training.overfitting_patience),
         hooks=hooks,
         processes=processes,

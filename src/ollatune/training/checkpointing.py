@@ -83,6 +83,7 @@ def make_checkpoint(
             "state": state.as_dict(),
             "random": random_states(run.device),
             "early_stopping": run.early_stopping.state(),
+            "loss_scale": run.loss_scale.state(),
             "overfitting": run.overfitting.state(),
             "dropout": [layer.dropout for layer in lora_layers(run.model).values()],
             "data_digest": identity.data_digest,
@@ -110,6 +111,8 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
     run.state = RunState(**checkpoint.resume["state"])
     run.early_stopping.load(checkpoint.resume["early_stopping"])
     run.overfitting.load(checkpoint.resume["overfitting"])
+    if "loss_scale" in checkpoint.resume:
+        run.loss_scale.load(checkpoint.resume["loss_scale"])
     for layer, dropout in zip(
         lora_layers(run.model).values(), checkpoint.resume["dropout"], strict=False
     ):
@@ -176,7 +179,8 @@ WARN_KEYS = (
     "training.weight_decay", "training.max_grad_norm", "training.batch_size",
     "training.gradient_accumulation_steps", "training.adam_", "training.label_smoothing",
     "training.deterministic", "advanced.lora_dropout", "model.dtype",
-    "model.quantization",
+    "model.quantization", "distillation.weight", "distillation.temperature",
+    "distillation.quantization",
 )  # fmt: skip
 
 

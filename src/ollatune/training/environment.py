@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ollatune.base.errors import UsageError
 from ollatune.base.log import get_logger
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,12 +41,8 @@ def choose_dtype(setting: str, device: torch.device) -> tuple[str, str]:
     """The computation type for `setting` and the reason, e.g. ("fp32", "no bf16 instructions").
 
     `auto` takes bf16 only where the processor has instructions for it *and* it is measured to be faster: some
-    processors lose with it. Raises UsageError for fp16 on a CPU.
+    processors lose with it. fp16 is never chosen by itself: it needs loss scaling, and CPUs are slow with it.
     """
-    if setting == "fp16" and device.type == "cpu":
-        raise UsageError(
-            "model.dtype: fp16 does not train on a CPU.", hint="Choose auto, bf16 or fp32."
-        )
     if setting != "auto":
         return setting, "configured"
     if device.type == "cuda":

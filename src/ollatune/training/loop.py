@@ -28,12 +28,14 @@ from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.lora import lora_layers
 from ollatune.training.distributed import Processes
 from ollatune.training.interrupts import StopRequest
+from ollatune.training.loss_scale import LossScale
 from ollatune.training.memory_faults import OUT_OF_MEMORY_HINT, is_out_of_memory
 from ollatune.training.optimizer import set_learning_rate
 from ollatune.training.reports import (
     Hooks,
     MicroBatchSums,
     NonFiniteError,
+    OverflowedError,
     RanOutOfMemoryError,
     StepReport,
 )
@@ -59,6 +61,7 @@ class TrainingRun:
     loader: BatchLoader
     state: RunState
     early_stopping: EarlyStopping
+    loss_scale: LossScale
     overfitting: OverfittingWatch
     hooks: Hooks
     processes: Processes
@@ -160,6 +163,9 @@ class TrainingRun:
                 try:
                     report = self._optimizer_step(step, started)
                     break
+                except OverflowedError:
+                    self._shrink_loss_scale()
+                    break
                 except NonFiniteError as error:
                     if not self._handle_non_finite(step, str(error)):
                         return False
@@ -183,13 +189,21 @@ class TrainingRun:
         loss_sum, num_tokens, num_computed = self._sum_over_processes(sums)
         mean_loss = loss_sum / num_targets
         self.processes.sum_gradients(self.parameters)
+        self.loss_scale.unscale(self.parameters)
         grad_norm = float(self._clip())
+        if (
+            math.isfinite(mean_loss)
+            and not math.isfinite(grad_norm)
+            and self.loss_scale.can_shrink()
+        ):
+            raise OverflowedError
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(f"loss {mean_loss}, gradient norm {grad_norm}")
         rate = self.schedule.at(state.step) * state.learning_rate_factor
         set_learning_rate(self.optimizer, rate)
         with record_function("optimizer"):
             self.optimizer.step()
+        self.loss_scale.went_well()
         state.tokens += num_tokens
         state.targets += num_targets
         state.epoch_loss_sum += mean_loss * num_targets
@@ -201,6 +215,7 @@ class TrainingRun:
 
     def _accumulate(self, step: Step, num_targets: int) -> MicroBatchSums:
         """Forward and backward over this process's micro-batches; stops where memory runs out."""
+        divisor = num_targets / self.loss_scale.value
         sums = MicroBatchSums(torch.zeros((), dtype=torch.float64, device=self.device))
         try:
             batches = step.micro_batches(self.state.split)
@@ -216,7 +231,7 @@ class TrainingRun:
                 with record_function("forward"):
                     loss = self.step_function.loss_sum(row)
                 with record_function("backward"):
-                    (loss / num_targets).backward()
+                    (loss / divisor).backward()
                 sums.loss += loss.detach()
                 if row.num_targets:  # not the placeholder of a process without examples
                     sums.num_tokens += row.num_tokens_unshared
@@ -275,6 +290,16 @@ class TrainingRun:
                 "training.on_non_finite to skip or rollback; then --resume auto."
             ),
         )
+
+    def _shrink_loss_scale(self) -> None:
+        """The step changes nothing: its gradients, lifted by the loss scale, left fp16's range."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss_scale.overflowed()
+        self.state.num_overflows += 1
+        get_logger("training").info(
+            "Step %d: gradients left the range of fp16; it is skipped, the loss scale is %g now.",
+            self.state.step + 1, self.loss_scale.value,
+        )  # fmt: skip
 
     def _split_micro_batches(self, step: Step, error: BaseException) -> None:
         """Halve the micro-batches after running out of memory; the optimiser batch stays the same."""

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ollatune.base.errors import UsageError
 from ollatune.config.schema import TrainingConfig
+from ollatune.modeling.nf4 import require_bitsandbytes
 
 _NO_DECAY_PARTS = ("bias", "norm", "embed", "layernorm", "magnitude")
 
@@ -52,13 +52,9 @@ def build_optimizer(
         return torch.optim.SGD(groups, lr=rate, momentum=settings.adam_beta1)
     if settings.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=rate)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise UsageError(
-            "training.optimizer: adamw_8bit needs bitsandbytes, which is not installed.",
-            hint="pip install 'ollatune[quantization]', or choose adamw.",
-        ) from error
+    require_bitsandbytes("training.optimizer: adamw_8bit", "adamw")
+    from bitsandbytes.optim import AdamW8bit
+
     return cast(Optimizer, AdamW8bit(groups, lr=rate, betas=betas, eps=settings.adam_epsilon))
 
 

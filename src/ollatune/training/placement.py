@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -12,11 +13,22 @@ from ollatune.base.log import get_logger
 from ollatune.base.text import format_bytes
 from ollatune.config.schema import Config
 from ollatune.gguf.inspect import file_type_name
+from ollatune.modeling.load import Mode
+from ollatune.modeling.nf4 import require_bitsandbytes
 from ollatune.modeling.opened import OpenBase
 
 _DENSE_SHARE = 0.5
 """Dense weights are comfortable up to this share of the free memory: the rest is for activations and the system."""
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in which number type the model computes; `mode` as in `modeling.load`."""
+
+    device: torch.device
+    dtype: str
+    mode: Mode
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -31,33 +43,41 @@ def dense_bytes(base: OpenBase, dtype: str) -> int:
     return sum(math.prod(info.shape) for info in base.gguf.tensors.values()) * _DTYPE_BYTES[dtype]
 
 
-def choose_mode(config: Config, base: OpenBase, dtype: str, device: torch.device) -> str:
-    """`packed` or `dense`, with the reason logged. Raises UsageError for a quantisation nobody knows."""
+def choose_mode(config: Config, base: OpenBase, dtype: str, device: torch.device) -> Mode:
+    """`packed`, `dense` or `nf4`, with the reason logged. Raises UsageError for a quantisation nobody knows."""
     setting = (config.model.quantization or "none").lower()
-    logger = get_logger("training")
     if setting == "none":
         return "dense"
     if setting == "nf4":
-        raise UsageError(
-            "model.quantization: nf4 is not available in this version.",
-            hint="Use as-served: it trains on the 4-bit weights that Ollama serves.",
+        require_bitsandbytes(
+            "model.quantization: nf4", "as-served, which trains on the blocks that Ollama serves"
         )
-    dense, free = dense_bytes(base, dtype), free_memory_bytes(device)
+        get_logger("training").info(
+            "Base weights re-quantised to NF4. The adapter learns on these and is merged into the served ones; "
+            "as-served trains on the served ones themselves."
+        )
+        return "nf4"
     if setting == "auto":
         if not config.advanced.lora_enabled:
             return "dense"
-        mode = "dense" if dense <= _DENSE_SHARE * free else "packed"
-        logger.info(
-            "Base weights %s: dense they take %s in %s, %s are free.",
-            mode, format_bytes(dense), dtype, format_bytes(free),
-        )  # fmt: skip
-        return mode
+        return comfortable_mode(base, dtype, device, "Base")
     if setting == "as-served":
         return "packed"
     return _served_in(setting, base)
 
 
-def _served_in(setting: str, base: OpenBase) -> str:
+def comfortable_mode(base: OpenBase, dtype: str, device: torch.device, what: str) -> Mode:
+    """`dense` where the decoded weights leave half of the free memory to others, else `packed`; logged."""
+    dense, free = dense_bytes(base, dtype), free_memory_bytes(device)
+    mode: Mode = "dense" if dense <= _DENSE_SHARE * free else "packed"
+    get_logger("training").info(
+        "%s weights %s: dense they take %s in %s, %s are free.",
+        what, mode, format_bytes(dense), dtype, format_bytes(free),
+    )  # fmt: skip
+    return mode
+
+
+def _served_in(setting: str, base: OpenBase) -> Mode:
     if not setting.startswith(("q", "iq", "f16", "f32", "bf16")):
         raise UsageError(
             f"model.quantization: `{setting}` is not known.",

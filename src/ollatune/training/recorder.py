@@ -103,6 +103,7 @@ class Recorder:
             "stopped_early": state.stopped_early,
             "skipped_steps": state.num_skipped,
             "rollbacks": state.num_rollbacks,
+            "overflows": state.num_overflows,
             "tokens": state.tokens,
             "target_tokens": state.targets,
             "tokens_per_second": round(

@@ -32,6 +32,10 @@ class NonFiniteError(Exception):
     """Loss or gradient of the optimiser batch is NaN or infinite; nothing has been updated."""
 
 
+class OverflowedError(Exception):
+    """Gradients under a loss scale are not finite, the loss is; nothing has been updated."""
+
+
 class RanOutOfMemoryError(Exception):
     """Some process had no memory for a micro-batch; nothing has been updated on any of them."""
 

@@ -20,12 +20,12 @@ from ollatune.config.load import dump_config
 from ollatune.config.schema import Config
 from ollatune.data.load import DatasetSplits
 from ollatune.modeling.base import BaseSource, FindRemote, check_family, resolve_base
-from ollatune.modeling.opened import open_base
+from ollatune.modeling.load import Mode
+from ollatune.modeling.opened import OpenBase, open_base
 from ollatune.modeling.peft_format import save_adapter
 from ollatune.modeling.trained import lora_settings
 from ollatune.training.batch_plan import resumed_plan
 from ollatune.training.build import (
-    Placement,
     build_run,
     build_validator,
     load_data,
@@ -57,12 +57,13 @@ from ollatune.training.environment import (
     package_versions,
 )
 from ollatune.training.loop import TrainingRun
-from ollatune.training.placement import choose_mode
+from ollatune.training.placement import Placement, choose_mode
 from ollatune.training.profiling import StepProfiler
 from ollatune.training.recorder import Recorder
 from ollatune.training.reports import Hooks, StepReport
 from ollatune.training.run_folder import RunFolder, new_run_id, utc_now
 from ollatune.training.state import RunState
+from ollatune.training.teaching import open_teacher
 from ollatune.training.validation import Metric
 
 
@@ -155,19 +156,21 @@ class Session:
         self.base = open_base(source)
         check_family(source, self.config.model.model_family, self.base.architecture)
         logger.info("Base model %s, %s template.", source.name, self.base.template.source)
+        teacher = open_teacher(self.config, self.base, self.find_remote)
         splits = load_data(self.config, self.base)
         if splits.rejections.errors and self.processes.is_main:
             splits.rejections.write(self.folder.path / "rejected.jsonl")
         mode = choose_mode(self.config, self.base, dtype, device)
         placement = Placement(device, dtype, mode)
-        self.identity = self._identity(source, splits, dtype, mode)
+        self.identity = self._identity(source, splits, dtype, mode, teacher)
         plan = None
         if self.resume_from is not None:
             self._check_resume(self.resume_from[1])
             plan = resumed_plan(self.config, self.resume_from[1], self.processes.count)
         run = build_run(
-            self.config, self.base, splits, placement, self.processes, self._hooks(), plan
-        )
+            self.config, self.base, splits, placement, self.processes, self._hooks(), plan,
+            teacher,
+        )  # fmt: skip
         self.run_state = run
         self.validator = build_validator(run, self.base, splits, self.metrics)
         self.saver = Saver(self.store, self.folder.best_path, self.identity)
@@ -185,7 +188,12 @@ class Session:
         return self.config.model.dtype
 
     def _identity(
-        self, source: BaseSource, splits: DatasetSplits, dtype: str, mode: str
+        self,
+        source: BaseSource,
+        splits: DatasetSplits,
+        dtype: str,
+        mode: Mode,
+        teacher: OpenBase | None,
     ) -> Identity:
         base = {
             "name": source.name,
@@ -198,6 +206,9 @@ class Session:
             "dtype": dtype,
             "mode": mode,
         }
+        if teacher is not None:
+            base["teacher"] = teacher.source.name
+            base["teacher_digest"] = teacher.source.digest
         return Identity(
             self.run_id,
             self.config.model_dump(mode="json"),
@@ -212,6 +223,11 @@ class Session:
             f"{what} differs ({old[:12]} → {new[:12]})"
             for what, old, new in (
                 ("the base model", checkpoint.base["digest"], self.identity.base["digest"]),
+                (
+                    "the teacher",
+                    checkpoint.base.get("teacher_digest", ""),
+                    self.identity.base.get("teacher_digest", ""),
+                ),
                 (
                     "the training data",
                     checkpoint.resume.get("data_digest", ""),
