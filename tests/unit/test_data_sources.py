@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ollatune.base.errors import InputError
@@ -87,7 +87,9 @@ def json_objects_as_text(draw: st.DrawFn, depth: int = 2) -> str:
     members = []
     for _ in range(draw(st.integers(0, 3))):
         key = draw(st.sampled_from(['"a"', '"b"', '"c:d"', '"e\\":"']))
-        leaf = st.sampled_from(['"x"', '": "', '" :"', '"\\":"', "1", "[1, {}]", "null"])
+        leaf = st.sampled_from(
+            ['"x"', '": "', '" :"', '"\\":"', '"\\u003a"', '"\\u003A\\n"', "1", "[1, {}]", "null"]
+        )
         value = draw(json_objects_as_text(depth - 1) | leaf if depth else leaf)
         if draw(st.booleans()):
             value = f"[{value}]"
@@ -97,6 +99,8 @@ def json_objects_as_text(draw: st.DrawFn, depth: int = 2) -> str:
 
 @settings(max_examples=300, deadline=None)
 @given(text=json_objects_as_text())
+@example(text='{"a":1,"a":"\\u003a"}')
+@example(text='{"a":1,"a":["\\u003A"],"b":[{"a":"\\u003A","a":1}]}')
 def test_repeated_keys_are_found_wherever_they_stand(text: str) -> None:
     def repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) < len(pairs):

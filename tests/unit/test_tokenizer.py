@@ -16,7 +16,14 @@ from tokenizers import Tokenizer
 
 from ollatune.base.errors import InputError
 from ollatune.base.log import get_logger
-from ollatune.gguf.byte_level import BYTE_CHARACTERS, decode_byte_level, parse_merges
+from ollatune.gguf.ascii_words import AsciiWords
+from ollatune.gguf.byte_level import (
+    BYTE_CHARACTERS,
+    ByteLevelEncoder,
+    decode_byte_level,
+    parse_merges,
+    pre_tokenizer_pipeline,
+)
 from ollatune.gguf.pretokenizers import PRE_TOKENIZERS
 from ollatune.gguf.tokenizer import GGUFTokenizer
 from ollatune.gguf.vocabulary import read_vocabulary
@@ -145,6 +152,47 @@ def test_a_word_that_is_a_token_skips_the_merges_only_where_the_pre_tokenizer_sa
     whole = GGUFTokenizer.from_metadata(bpe_metadata(["a b"], **more, pre="llama-bpe"))
     assert texts_of(plain, plain.encode("abc")) == ["ab", "c"]
     assert texts_of(whole, whole.encode("abc")) == ["abc"]
+
+
+_HARD_ASCII = st.text(
+    "abzZ'sStTlLvVreEdmD09 \n\r\t\v\f.,!?-_/\\$+<>^`|~(){}[]&%\"\x00\x1c\x7f", max_size=40
+)
+
+
+_DISTINCT = {words.expressions: name for name, words in PRE_TOKENIZERS.items()}
+
+
+@pytest.mark.parametrize("pre", sorted(_DISTINCT.values()))
+def test_ascii_words_are_those_of_the_librarys_pipeline(pre: str) -> None:
+    pipeline = pre_tokenizer_pipeline(PRE_TOKENIZERS[pre])
+    words = AsciiWords(PRE_TOKENIZERS[pre].expressions)
+    as_stand_ins = str.maketrans(dict(enumerate(BYTE_CHARACTERS[:128])))
+
+    @settings(max_examples=60, deadline=None)
+    @given(text=_HARD_ASCII | st.text(st.characters(max_codepoint=127), max_size=20))
+    def check(text: str) -> None:
+        expected = [word for word, _ in pipeline.pre_tokenize_str(text)]
+        assert [word.translate(as_stand_ins) for word in words.split(text)] == expected
+
+    check()
+
+
+def test_known_words_give_the_pipelines_ids_however_often_the_table_is_emptied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ollatune.gguf.byte_level._MAX_KNOWN_WORDS", 5)
+    merges = ["Ġ t", "h e", "Ġt he", "a n", "an d", "Ġ and", "Ċ Ċ", "1 2"]
+    for pre in ("gpt-2", "llama-bpe", "smollm"):
+        encoder = ByteLevelEncoder(read_vocabulary(bpe_metadata(merges, pre=pre)))
+        library = encoder._tokenizer
+        rng = random.Random(pre)
+        for _ in range(50):
+            text = "".join(
+                rng.choices(["the", " and", "\n\n", "12", " ", "x" * 70, "'s", "é"], k=12)
+            )
+            for piece in (text, text.replace("é", "")):
+                expected = library.encode(piece, add_special_tokens=False).ids
+                assert encoder.encode(piece) == encoder.encode_batch(["", piece])[1] == expected
 
 
 def test_merges_are_split_at_the_first_blank_behind_the_first_character() -> None:

@@ -51,27 +51,38 @@ _scan_checked: _Scan = json.JSONDecoder(  # type: ignore[attr-defined]
 ).scan_once
 
 
-def _num_keys(value: Any) -> int:
-    """Keys of an object and of the objects in its lists: all there are in most records."""
-    count = len(value)
+def _keys_and_colons(value: dict[str, Any]) -> tuple[int, int]:
+    """Keys of an object and of the objects in its lists (all there are in most records); colons in its texts."""
+    num_keys = len(value)
+    num_colons = 0
     for item in value.values():
-        if type(item) is list:
-            count += sum([len(inner) for inner in item if type(inner) is dict])
-    return count
+        if type(item) is str:
+            num_colons += item.count(":")
+        elif type(item) is list:
+            for inner in item:
+                if type(inner) is dict:
+                    num_keys += len(inner)
+                    for text in inner.values():
+                        if type(text) is str:
+                            num_colons += text.count(":")
+    return num_keys, num_colons
 
 
 def _may_repeat_a_key(text: str, value: Any) -> bool:
-    """Whether a key of `text` can have been lost in `value`. Three times as fast as looking at every key.
+    """Whether a key of `text` can have been lost in `value`. Several times as fast as looking at every key.
 
-    Every key is followed by a colon, at once or after white space, so these are at least as many as the keys written.
+    A colon of `text` follows a key or stands inside a string. Where there are just as many as the keys and texts that
+    are left in `value` account for, no key is gone - unless a text's colon is written as an escape.
     """
     if type(value) is not dict:
         return True
-    num_keys = _num_keys(value)
-    if text.count(":") == num_keys:
-        return False
-    at_once, later = text.count('":'), sum([text.count(f"{space}:") for space in _SPACES])
-    return at_once + later != num_keys
+    num_written = text.count(":")
+    if num_written == len(value):
+        return False  # no key is gone, and none stands deeper
+    num_keys, num_colons = _keys_and_colons(value)
+    if num_written != num_keys + num_colons:
+        return True
+    return num_colons > 0 and ("\\u003a" in text or "\\u003A" in text)
 
 
 def scan(text: str, start: int) -> tuple[Any, int]:

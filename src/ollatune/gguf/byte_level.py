@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ollatune.base.errors import InputError
+from ollatune.gguf.ascii_words import AsciiWords
 from ollatune.gguf.pretokenizers import PreTokenizer
 from ollatune.gguf.vocabulary import Vocabulary
+
+_MAX_KNOWN_WORDS = 1 << 16  # about 15 MB
+_LONGEST_KNOWN_WORD = 64
 
 
 def _byte_characters() -> list[str]:
@@ -21,6 +25,7 @@ def _byte_characters() -> list[str]:
 
 
 BYTE_CHARACTERS = _byte_characters()
+_CHARACTERS_BY_ASCII = {byte: BYTE_CHARACTERS[byte] for byte in range(128)}
 _BYTES_BY_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
@@ -78,16 +83,43 @@ class ByteLevelEncoder:
             ) from error
         self._tokenizer = Tokenizer(model)
         self._tokenizer.pre_tokenizer = pre_tokenizer_pipeline(vocabulary.pre_tokenizer)
+        self._model = model
+        self._words = AsciiWords(vocabulary.pre_tokenizer.expressions)
+        self._known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        results = [list(encoding.ids) for encoding in encodings]
-        if self._has_missing_bytes:
-            return [[i for i in ids if i < self._num_tokens] for ids in results]
+        results = [self._encode_ascii(text) if text.isascii() else [] for text in texts]
+        others = [number for number, text in enumerate(texts) if not text.isascii()]
+        if others:
+            encodings = self._tokenizer.encode_batch_fast(
+                [texts[number] for number in others], add_special_tokens=False
+            )
+            for number, encoding in zip(others, encodings, strict=True):
+                results[number] = self._without_missing_bytes(encoding.ids)
         return results
+
+    def _encode_ascii(self, text: str) -> list[int]:
+        """Word by word, most words from the table: equal to the pipeline, since no merge crosses a word's border."""
+        ids: list[int] = []
+        known = self._known
+        for word in self._words.split(text):
+            ids += known[word] if word in known else self._encode_word(word)
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        tokens = self._model.tokenize(word.translate(_CHARACTERS_BY_ASCII))
+        ids = self._without_missing_bytes([token.id for token in tokens])
+        if len(word) <= _LONGEST_KNOWN_WORD:
+            if len(self._known) >= _MAX_KNOWN_WORDS:
+                self._known = {}
+            self._known[word] = ids
+        return ids
+
+    def _without_missing_bytes(self, ids: list[int]) -> list[int]:
+        return [i for i in ids if i < self._num_tokens] if self._has_missing_bytes else ids
 
 
 def parse_merges(merges: Sequence[str]) -> list[tuple[str, str]]:

@@ -102,11 +102,20 @@ class GGUFTokenizer:
             fragments = self._special_tokens.split(text, parse_special=parse_special)
             layouts.append(fragments)
             plain += self._with_space_prefixes(fragments, after_special=not is_continuation)
+        return self._joined(layouts, plain, add_bos=[add_bos] * len(texts))
+
+    def _joined(
+        self,
+        layouts: Sequence[Sequence[Fragment]],
+        plain: Sequence[str],
+        *,
+        add_bos: Sequence[bool],
+    ) -> list[list[int]]:
+        """Ids of each layout, its plain fragments replaced by the encodings of `plain` in order."""
         encoded = iter(self._encoder.encode_batch(plain))
-        start = [self._required_bos()] if add_bos else []
         results: list[list[int]] = []
-        for fragments in layouts:
-            ids = list(start)
+        for fragments, has_bos in zip(layouts, add_bos, strict=True):
+            ids = [self._required_bos()] if has_bos else []
             for fragment in fragments:
                 ids += (fragment,) if isinstance(fragment, int) else next(encoded)
             results.append(ids)
@@ -120,20 +129,18 @@ class GGUFTokenizer:
         A SentencePiece vocabulary's blank is put where the server puts it: at the start and after a special token,
         be that in the same text or at the end of the one before.
         """
-        results: list[list[int]] = []
+        plain: list[str] = []
+        layouts: list[list[Fragment]] = []
         after_special = True
         for text in texts:
-            results.append(
-                self.encode(
-                    text,
-                    add_bos=add_bos and not results,
-                    parse_special=parse_special,
-                    is_continuation=not after_special,
-                )
-            )
-            if fragments := self._special_tokens.split(text, parse_special=parse_special):
+            _require_unicode(text)
+            fragments = self._special_tokens.split(text, parse_special=parse_special)
+            layouts.append(fragments)
+            plain += self._with_space_prefixes(fragments, after_special=after_special)
+            if fragments:
                 after_special = isinstance(fragments[-1], int)
-        return results
+        has_bos = [add_bos and number == 0 for number in range(len(texts))]
+        return self._joined(layouts, plain, add_bos=has_bos)
 
     def _with_space_prefixes(
         self, fragments: Sequence[Fragment], *, after_special: bool
