@@ -67,6 +67,15 @@ def test_nan_stops_before_the_update(
     assert steps_of(tmp_path) == steps_of(whole)
 
 
+def test_an_infinite_gradient_stops_before_the_update(
+    base: Path, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    with inject("train.gradient:nan@2"):
+        assert run(command(base, data, tmp_path)) == 6
+    assert run(command(base, data, tmp_path, "--overwrite")) == 0
+    assert_same_weights(last(whole), last(tmp_path))
+
+
 def test_nan_is_skipped_and_counted(base: Path, data: Path, tmp_path: Path) -> None:
     with inject("train.loss:nan@2"):
         assert run(command(base, data, tmp_path, "--set", "training.on_non_finite=skip")) == 0
@@ -190,4 +199,4 @@ def test_a_tenth_of_the_faults_benchmark() -> None:
     )  # fmt: skip
     results = json.loads(finished.stdout.splitlines()[-1])
     assert {goal: result["failed"] for goal, result in results.items()} == dict.fromkeys(results, 0)
-    assert len(results) == 8
+    assert len(results) in (12, 14)  # without and with strace

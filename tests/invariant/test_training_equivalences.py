@@ -93,13 +93,22 @@ def test_fast_path_and_shared_beginnings_change_nothing(
         assert losses[name] == pytest.approx(losses["shared"], rel=1e-5), name
 
 
-def test_the_same_run_twice_is_the_same_bytes(base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_same_run_twice_is_the_same_bytes(
+    base: Path, data: Path, tmp_path: Path, full: bool
+) -> None:
+    """Adapter, loss log, samples and exported GGUF."""
+    more = ("--set", "advanced.lora_enabled=false") if full else ()
     for name in ("first", "second"):
-        assert run(train_command(base, data, tmp_path / name)) == 0
-    adapter = "adapter_model.safetensors"
-    assert (tmp_path / "first" / adapter).read_bytes() == (
-        tmp_path / "second" / adapter
-    ).read_bytes()
+        output = tmp_path / name
+        assert run(train_command(base, data, output, *more)) == 0
+        export = ["create-modelfile", "--checkpoint", output / "best_model.pt", "--output"]
+        assert run([*export, output / "export"]) == 0
+    files = ["export/model.gguf", "samples.jsonl"]
+    files += [] if full else ["adapter_model.safetensors", "adapter_config.json"]
+    for name in files:
+        first, second = ((tmp_path / run / name).read_bytes() for run in ("first", "second"))
+        assert first == second, name
     assert steps_of(tmp_path / "first") == steps_of(tmp_path / "second")
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import get_scheduler
 
 from ollatune.checkpoint.format import Checkpoint, read_checkpoint
-from ollatune.checkpoint.store import CheckpointStore
-from ollatune.config.schema import TrainingConfig
+from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
+from ollatune.config.schema import Config, TrainingConfig
+from ollatune.training.checkpointing import classify_changes
 from ollatune.training.optimizer import build_optimizer, set_learning_rate
 from ollatune.training.schedule import Schedule, ScheduleName
 from ollatune.training.state import random_states, restore_random_states, seed_everything, seed_step
@@ -193,3 +194,61 @@ def test_rotation_removes_only_after_the_new_one_is_there(
     monkeypatch.setattr(Path, "unlink", unlink)
     store.save(_checkpoint(2, 0.5), "epoch_2.pt")
     assert removed == ["epoch_1.pt"]
+
+
+def test_what_a_kill_left_beside_the_index_is_neither_newest_nor_forgotten(tmp_path: Path) -> None:
+    """Killed between the index and the removal of what it no longer names."""
+    store = CheckpointStore(tmp_path, keep_best=1, run_id="r")
+    store.save(_checkpoint(1, 0.9), "epoch_1.pt")
+    superseded = (tmp_path / "epoch_1.pt").read_bytes()
+    store.save(_checkpoint(2, 0.5), "epoch_2.pt")
+    (tmp_path / "epoch_1.pt").write_bytes(superseded)
+    assert newest_checkpoint(tmp_path)[0].name == "epoch_2.pt"
+    resumed = CheckpointStore(tmp_path, keep_best=1, run_id="r")
+    resumed.adopt()
+    resumed.save(_checkpoint(3, 0.4), "epoch_3.pt")
+    assert [p.name for p in tmp_path.glob("*.pt")] == ["epoch_3.pt"]
+
+
+def test_a_checkpoint_renamed_but_not_yet_in_the_index_is_the_newest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_best=3, run_id="r")
+    store.save(_checkpoint(1, 0.9), "epoch_1.pt")
+    index = (tmp_path / "index.json").read_bytes()
+    store.save(_checkpoint(2, 0.5), "step_2.pt")
+    (tmp_path / "index.json").write_bytes(index)
+    assert newest_checkpoint(tmp_path)[0].name == "step_2.pt"
+
+
+# ----- changed settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "key", "value"),
+    [
+        ("free", "training", "keep_checkpoints", 9),
+        ("free", "training", "max_steps", 5),
+        ("free", "training", "on_non_finite", "skip"),
+        ("free", "training", "overfitting_patience", None),
+        ("free", "validation", "batch_size", 1),
+        ("free", "output", "logs", "elsewhere"),
+        ("warn", "training", "learning_rate", 0.5),
+        ("warn", "training", "epochs", 9),
+        ("warn", "training", "scheduler", "linear"),
+        ("warn", "training", "adam_beta2", 0.9),
+        ("warn", "advanced", "lora_dropout", 0.5),
+        ("warn", "distillation", "weight", 0.1),
+        ("refuse", "training", "seed", 1),
+        ("refuse", "training", "optimizer", "sgd"),
+        ("refuse", "advanced", "lora_rank", 3),
+        ("refuse", "model", "base_model", "other"),
+        ("refuse", "model", "context_window", 100),
+        ("refuse", "distillation", "teacher", "other"),
+        ("refuse", "data", "shuffle", False),
+    ],
+)
+def test_which_changes_a_resume_takes(kind: str, section: str, key: str, value: object) -> None:
+    before, after = (Config().model_dump(mode="json") for _ in range(2))
+    after[section][key] = value
+    change = f"{section}.{key}: {before[section][key]!r} → {value!r}"
+    expected = {"free": [], "warn": [], "refuse": []} | {kind: [change]}
+    assert classify_changes(before, after) == expected

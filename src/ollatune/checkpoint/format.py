@@ -5,13 +5,14 @@ The names of the specification (7.2) are kept; what exact resume needs besides s
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -63,9 +64,40 @@ class Checkpoint:
         return all(bool(torch.isfinite(t).all()) for t in self.model_state_dict.values())
 
 
-def write_checkpoint(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
-    """Serialise to `stream`. The same content gives the same bytes."""
-    torch.save(checkpoint.as_dict(), stream)
+class _Written:
+    """Passes bytes on and hashes them; keeps the error that torch would replace by one of its own."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            self._stream.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(content)
+        return len(content)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def write_checkpoint(checkpoint: Checkpoint, stream: IO[bytes]) -> str:
+    """Serialise to `stream` without a copy in memory; returns the hex sha256 of what was written.
+
+    The same content gives the same bytes. Raises OSError where the stream cannot be written.
+    """
+    written = _Written(stream)
+    try:
+        torch.save(checkpoint.as_dict(), cast(IO[bytes], written))
+    except RuntimeError:
+        if written.error is not None:
+            raise written.error from None
+        raise
+    return written.digest.hexdigest()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

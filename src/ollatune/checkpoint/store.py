@@ -2,14 +2,13 @@
 
 Order of one save: checkpoint staged → fsync → rename → index staged → fsync → rename → superseded files removed.
 A kill at any instant leaves the earlier checkpoints, and the index true or one entry behind. A file that the index
-does not know yet is taken when it is whole: its name only ever appears by the rename.
+does not know was either just renamed or just superseded: it is whole, and what it says of itself counts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import re
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ollatune.base.errors import InputError, UsageError
-from ollatune.base.files import clean_staging, make_folder, write_bytes, write_json
+from ollatune.base.files import clean_staging, make_folder, sha256_file, staged_file, write_json
 from ollatune.base.log import get_logger
 from ollatune.checkpoint.format import (
     Checkpoint,
@@ -77,22 +76,10 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint, name: str) -> Path:
         """Write `checkpoint` as `name` (`epoch_2.pt`), update the index, then rotate. Raises StorageError."""
         make_folder(self.folder)
-        buffer = io.BytesIO()
-        write_checkpoint(checkpoint, buffer)
-        content = buffer.getvalue()
         path = self.folder / name
-        write_bytes(path, content)
-        entry = IndexEntry(
-            file=name,
-            sha256=hashlib.sha256(content).hexdigest(),
-            size_bytes=len(content),
-            step=checkpoint.step,
-            epoch=checkpoint.epoch,
-            val_loss=checkpoint.val_loss,
-            is_finite=checkpoint.is_finite(),
-            run_id=self.run_id,
-            timestamp=checkpoint.timestamp,
-        )
+        with staged_file(path) as stream:
+            sha256 = write_checkpoint(checkpoint, stream)
+        entry = _entry(checkpoint, path, sha256)
         self.entries = [e for e in self.entries if e.file != name] + [entry]
         self._write_index()
         self._rotate()
@@ -125,12 +112,39 @@ class CheckpointStore:
             with contextlib.suppress(OSError):
                 (self.folder / entry.file).unlink()
 
+    def adopt(self) -> None:
+        """Enter into the index what a kill left out of it: this run's checkpoints beside it. The next save rotates."""
+        known = {entry.file for entry in self.entries}
+        for path in _checkpoint_files(self.folder):
+            if path.name in known:
+                continue
+            try:
+                checkpoint = read_checkpoint(path)
+            except InputError:
+                continue
+            if checkpoint.run_id == self.run_id:
+                self.entries.append(_entry(checkpoint, path, sha256_file(path)))
+
     def clear(self) -> None:
         """Remove every checkpoint and the index (the user asked for --overwrite)."""
         (self.folder / INDEX_NAME).unlink(missing_ok=True)
         for path in _checkpoint_files(self.folder):
             path.unlink()
         self.entries = []
+
+
+def _entry(checkpoint: Checkpoint, path: Path, sha256: str) -> IndexEntry:
+    return IndexEntry(
+        file=path.name,
+        sha256=sha256,
+        size_bytes=path.stat().st_size,
+        step=checkpoint.step,
+        epoch=checkpoint.epoch,
+        val_loss=checkpoint.val_loss,
+        is_finite=checkpoint.is_finite(),
+        run_id=checkpoint.run_id,
+        timestamp=checkpoint.timestamp,
+    )
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
@@ -191,12 +205,14 @@ def newest_checkpoint(
     clean_staging(folder) if folder.is_dir() else None
     by_name = {entry.file: entry for entry in _read_index(folder)}
 
-    def recency(path: Path) -> tuple[int, int, str]:
-        entry = by_name.get(path.name)
-        matched = _NAME.fullmatch(path.name)
-        assert matched is not None
-        # A file the index does not know yet was renamed after the index was written: it is the newest.
-        return (1 if entry is None else 0, entry.step if entry else int(matched[2]), path.name)
+    def recency(path: Path) -> tuple[float, str]:
+        if (entry := by_name.get(path.name)) is not None:
+            return entry.step, entry.timestamp
+        try:
+            unknown = read_checkpoint(path)
+        except InputError:
+            return math.inf, ""  # tried first, reported and set aside
+        return unknown.step, unknown.timestamp
 
     damaged = []
     for path in sorted(_checkpoint_files(folder), key=recency, reverse=True):

@@ -242,6 +242,8 @@ class TrainingRun:
             sums.memory_error = error.with_traceback(None)  # its frames hold the activations
         if fault_point("train.loss"):
             sums.loss.fill_(math.nan)
+        if fault_point("train.gradient"):
+            self.parameters[0].grad = torch.full_like(self.parameters[0], math.inf)
         return sums
 
     def _sum_over_processes(self, sums: MicroBatchSums) -> tuple[float, int, int]:

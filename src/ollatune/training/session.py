@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ollatune.base.errors import UsageError
+from ollatune.base.faults import fault_point
 from ollatune.base.log import add_log_file, configure_logging, get_logger, remove_log_file
 from ollatune.checkpoint.format import Checkpoint, read_checkpoint
 from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
@@ -252,6 +253,7 @@ class Session:
         )  # fmt: skip
         if not self.processes.is_main:
             return
+        self.store.adopt()
         previous = Path(str(checkpoint.config["output"]["folder"])) / self.folder.best_path.name
         copy_previous_best(previous, self.folder.best_path)
         self.folder.truncate_logs(checkpoint.step)
@@ -310,6 +312,7 @@ class Session:
     def _validate(self, state: RunState) -> float | None:
         if self.validator is None:
             return None
+        fault_point("train.validate")
         report = self.validator.validate()
         if self.recorder is not None:
             self.recorder.validation(state, report)

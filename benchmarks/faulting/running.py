@@ -1,0 +1,156 @@
+"""Runs that are killed, stopped, poisoned, starved or raced; each must come back as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.faulting.world import (
+    METHODS,
+    NUM_STEPS,
+    SAVE_EVERY,
+    SAVE_POINTS,
+    World,
+    after,
+    start,
+    wait,
+)
+from tests.run_helpers import steps_of
+
+from ollatune.checkpoint.format import read_checkpoint
+
+
+def kill_anywhere(world: World, attempt: int, rng: random.Random) -> str:
+    """SIGKILL at a random instant, or at a point inside the save; some runs are killed several times."""
+    method = list(METHODS)[attempt % 3]
+    output = world.new_output()
+    for _ in range(1 + attempt % 2):
+        checkpoints = list((output / "checkpoints").glob("*.pt"))
+        flags = ["--resume", "auto"] if checkpoints else ["--overwrite"]
+        command = world.command(method, output, *flags)
+        if attempt % 4 < 2:
+            point = f"{rng.choice(SAVE_POINTS)}:kill@{rng.randint(1, 2)}"
+            code = wait(start(command, faults=point))
+        else:
+            code = after(start(command), rng.uniform(0, world.seconds), signal.SIGKILL)
+        if code == 0:
+            break
+        if code != -signal.SIGKILL:
+            return f"ended with {code} instead of dying"
+    else:
+        return world.goes_on(method, output)
+    return world.differs(method, output)
+
+
+def kill_between_operations(world: World, attempt: int, rng: random.Random) -> str:
+    """SIGKILL just before or after the k-th fsync, rename or unlink of a run."""
+
+    def prepare() -> None:
+        left = [1 + attempt]
+
+        def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **named: Any) -> Any:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                result = function(*arguments, **named)
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            return call
+
+        os.fsync, os.replace, os.unlink = dying(os.fsync), dying(os.replace), dying(os.unlink)
+
+    output = world.new_output()
+    code = wait(start(world.command("lora", output), prepare=prepare))
+    if code == 0:
+        return world.differs("lora", output)
+    return world.goes_on("lora", output) if code == -signal.SIGKILL else f"ended with {code}"
+
+
+def not_finite(world: World, attempt: int, rng: random.Random) -> str:
+    """NaN as loss or infinity as gradient, at a random step, under stop, skip and rollback."""
+    action = ("stop", "skip", "rollback")[attempt % 3]
+    at = rng.randint(1, NUM_STEPS)
+    output = world.new_output()
+    setting = ("--set", f"training.on_non_finite={action}")
+    point = ("train.loss", "train.gradient")[attempt // 3 % 2]
+    code = wait(start(world.command("lora", output, *setting), faults=f"{point}:nan@{at}"))
+    if action == "stop" or (action == "rollback" and at <= SAVE_EVERY):
+        return world.goes_on("lora", output, *setting) if code == 6 else f"exit code {code}, not 6"
+    if code != 0:
+        return f"exit code {code}"
+    values = json.loads((output / "run.json").read_text())
+    if values["steps"] != NUM_STEPS or values["skipped_steps"] + values["rollbacks"] != 1:
+        return f"{values['steps']} steps, {values['skipped_steps']} skipped"
+    finite = read_checkpoint(output / "checkpoints" / "epoch_2.pt").is_finite()
+    return "" if finite else "weights are not finite"
+
+
+def out_of_memory(world: World, attempt: int, rng: random.Random) -> str:
+    """Memory runs out at some micro-batch: the same as a run that began with half the size."""
+    at = attempt % (NUM_STEPS // 2) + 1
+    sizes = {
+        "half": ("--batch-size", "2", "--gradient-accumulation-steps", "2"),
+        "whole": ("--batch-size", "4", "--gradient-accumulation-steps", "1"),
+    }
+    outputs = {}
+    for name, size in sizes.items():
+        outputs[name] = world.new_output()
+        plain = () if at == 1 else ("--set", "advanced.lora_dropout=0")
+        command = world.command("lora", outputs[name], *size, *plain)
+        fault = f"train.micro_batch:oom@{at}" if name == "whole" else ""
+        if (code := wait(start(command, faults=fault))) != 0:
+            return f"exit code {code}"
+    half, whole = steps_of(outputs["half"]), steps_of(outputs["whole"])
+    if at == 1:
+        return "" if half == whole else "not bit-identical"
+    far = [1 for a, b in zip(half, whole, strict=True) if abs(a["loss"] / b["loss"] - 1) > 1e-5]
+    return "other losses" if far else ""
+
+
+def signals(world: World, attempt: int, rng: random.Random) -> str:
+    """SIGTERM or Ctrl-C at a random instant, or aimed at save and validation, some twice: saved, and 143 or 130."""
+    number = (signal.SIGTERM, signal.SIGINT)[attempt % 2]
+    action = ("terminate", "interrupt")[attempt % 2]
+    output = world.new_output()
+    if attempt % 5 < 2:
+        point, at = (
+            rng.choice((*SAVE_POINTS, "train.validate", "train.micro_batch")),
+            rng.randint(1, 2),
+        )
+        code = wait(start(world.command("lora", output), faults=f"{point}:{action}@{at}"))
+        if code != 128 + number:
+            return f"{point}: exit code {code}"
+        return world.goes_on("lora", output)
+    pid = start(world.command("lora", output))
+    time.sleep(rng.uniform(0, world.seconds))
+    for _ in range(1 + (attempt % 5 == 4)):  # the second one means: at once
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        time.sleep(0.01)
+    code = wait(pid)
+    if code not in (0, 128 + number, -number):
+        return f"exit code {code}"
+    return world.goes_on("lora", output) if code else world.differs("lora", output)
+
+
+def lock_races(world: World, attempt: int, rng: random.Random) -> str:
+    """Four runs into one folder at once: one owner, the others say who it is."""
+    output = world.new_output()
+    started = time.perf_counter()
+    pids = [start(world.command("lora", output)) for _ in range(4)]
+    codes = {pid: wait(pid) for pid in pids}
+    owners = [pid for pid, code in codes.items() if code == 0]
+    if len(owners) != 1 or sorted(codes.values()) != [0, 8, 8, 8]:
+        return f"exit codes {sorted(codes.values())} after {time.perf_counter() - started:.1f} s"
+    named = (output / "log").read_text().count(f"is in use by process {owners[0]} on ")
+    return "" if named == 3 else f"{named} of 3 named the owner"
