@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ollatune.base.errors import InputError, UsageError
+from ollatune.base.imports import first_import_of
 from ollatune.config.load import ParsedYaml, load_config
 from ollatune.config.schema import Config, OutputConfig
 
@@ -117,7 +118,8 @@ def run_train(options: TrainOptions) -> dict[str, Any]:
         from ollatune.commands.dry_run import plan_training
 
         return plan_training(config, checkpoint_folder(config))
-    from ollatune.training.session import Session
+    with first_import_of("torch"):
+        from ollatune.training.session import Session
 
     session = Session(
         config=config,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ollatune.base.text import format_bytes, printable
 from ollatune.data.jsonl import MAX_RECORD_BYTES, Reject, decode_line
 from ollatune.data.position import FileError, Position, Record, RecordError
 from ollatune.data.streams import damage_reported, open_regular
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _ROWS_AT_A_TIME = 1024
@@ -107,6 +108,9 @@ def _check_header(header: list[str], position: Position, delimiter: str) -> None
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """An open Parquet file. Raises FileError for anything that is not one."""
+    import pyarrow as pa  # here and not above: most data has no tables, and this takes as long as its records
+    import pyarrow.parquet as pq
+
     with open_regular(path) as probe:
         head = probe.read(4)
         size_bytes = probe.seek(0, 2)
@@ -136,6 +140,8 @@ def read_parquet(
     path: Path, reject: Reject, *, row_groups: range | None = None
 ) -> Iterator[Record]:
     """Rows of a Parquet file, a few at a time; `row_groups` reads only some of it."""
+    import pyarrow as pa
+
     name = str(path)
     with open_parquet(path) as file:
         _check_schema(file.schema_arrow, Position(name))

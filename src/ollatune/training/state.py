@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ollatune.base.imports import first_import_of
+
 
 @dataclass
 class RunState:
@@ -95,7 +97,8 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic)
+    with first_import_of("torch._inductor"):  # which this imports, to set it there too
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def seed_step(seed: int, position: int, rank: int) -> None:

@@ -6,11 +6,13 @@ import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from ollatune.base.errors import InputError
+from ollatune.base.imports import first_import_of
 from ollatune.modeling.architectures.hyperparameters import (
     Hyperparameters,
     Metadata,
@@ -63,7 +65,7 @@ class Architecture(ABC):
     def model_class(self) -> type[PreTrainedModel]:
         """The Transformers class, imported here and not before: of the whole package, only this family's modules."""
         family, _, name = self.transformers_names
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        module = _family_module(family, "modeling")
         found: type[PreTrainedModel] = getattr(module, name)
         return found
 
@@ -76,7 +78,7 @@ class Architecture(ABC):
         """
         fields = self.common_config() | self.config_fields(read_tensor, serving_context)
         family, name, model_name = self.transformers_names
-        module = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
+        module = _family_module(family, "configuration")
         try:
             config: PretrainedConfig = getattr(module, name)(**fields)
         except (
@@ -192,6 +194,13 @@ class Architecture(ABC):
                 f"This {self.name} model has {found}; {expected} was expected.",
                 hint="Training it here would train another model than the one that is served.",
             )
+
+
+def _family_module(family: str, part: str) -> ModuleType:
+    """One module of a family in Transformers, of the whole package only what it needs."""
+    name = f"transformers.models.{family}.{part}_{family}"
+    with first_import_of(name):
+        return importlib.import_module(name)
 
 
 def _count(names: list[str]) -> str:
