@@ -61,6 +61,7 @@ class ModelShape:
 
 SHAPES = {
     "135m": ModelShape(30, 576, 1536, 9, 3, 49152, 100000.0, True),  # SmolLM2-135M
+    "360m": ModelShape(32, 960, 2560, 15, 5, 49152, 100000.0, True),  # SmolLM2-360M
     "1b": ModelShape(16, 2048, 8192, 32, 8, 128256, 500000.0, True),  # Llama-3.2-1B
     "8b": ModelShape(32, 4096, 14336, 32, 8, 128256, 500000.0, False),  # Llama-3.1-8B
 }

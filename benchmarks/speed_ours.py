@@ -1,68 +1,87 @@
-"""Ollatune on the benchmark's batches. Run by `speed.py`.
+"""Ollatune on the frozen batches. Run by `speed.py`.
 
-    python benchmarks/speed_ours.py SETTING FILE STEPS
+    python benchmarks/speed_ours.py SETTING FOLDER CASE WARMUP STEPS
 
-SETTING: `fast` (the defaults), `plain` (Transformers' own forward pass with our rows), `fast-shared` (questions about
-one context). Prints one JSON object.
+SETTING: `default` (what a run does by default on this machine) or `plain` (Transformers' own forward pass on our
+packed rows). With `-fp32` behind it, in fp32. CASE: `mixed` or `shared`. Prints one JSON object.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from benchmarks.peers.frozen import (  # noqa: E402
+    ALPHA,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    RANK,
+    THREADS,
+    Clock,
+    Job,
+    report,
+)
+from benchmarks.speed_data import Example, read_frozen  # noqa: E402
+
+from ollatune.config.schema import TrainingConfig  # noqa: E402
+from ollatune.gguf.reader import GGUFFile  # noqa: E402
+from ollatune.modeling.embedded import fetch_embedded  # noqa: E402
+from ollatune.modeling.fast.forward import CausalStep, PackedRow  # noqa: E402
+from ollatune.modeling.fast.segments import lay_out  # noqa: E402
+from ollatune.modeling.load import load_base_model  # noqa: E402
+from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters  # noqa: E402
+from ollatune.training.environment import DTYPES, choose_dtype  # noqa: E402
+from ollatune.training.optimizer import build_optimizer  # noqa: E402
+
+
+def row_of(examples: list[Example], step: CausalStep) -> PackedRow:
+    """One packed row as the training loop makes it: beginnings shared, nothing kept that predicts nothing."""
+    kept = [ids[: int(np.flatnonzero(target)[-1])] for ids, target in examples]
+    tree = lay_out(kept, share=step.can_share)
+    places = [np.flatnonzero(target[1:]) for _, target in examples]
+    positions = [place[w] for place, w in zip(tree.places, places, strict=True)]
+    wanted = [ids[1:][w] for (ids, _), w in zip(examples, places, strict=True)]
+    return PackedRow(
+        torch.from_numpy(tree.token_ids),
+        torch.from_numpy(tree.position_ids),
+        tree.segments,
+        torch.from_numpy(np.concatenate(positions)),
+        torch.from_numpy(np.concatenate(wanted)),
+        sum(map(len, kept)),
+    )
 
 
 def main() -> None:
-    setting, file, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import numpy as np
-    import torch
-    from benchmarks.speed_data import batches, summary
-
-    from ollatune.gguf.reader import GGUFFile
-    from ollatune.modeling.fast.forward import CausalStep, PackedRow
-    from ollatune.modeling.fast.segments import lay_out
-    from ollatune.modeling.load import load_base_model
-    from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters
-    from ollatune.training.environment import DTYPES, choose_dtype
-
+    job = Job.from_arguments()
+    torch.set_num_threads(THREADS)
     device = torch.device("cpu")
-    dtype, _ = choose_dtype("auto", device)
-    model = load_base_model(GGUFFile.open(file), dtype=DTYPES[dtype])
-    inject_lora(model, LoRASettings(8, 16.0, 0.0), seed=1)
+    dtype = "fp32" if job.setting.endswith("fp32") else choose_dtype("auto", device)[0]
+    with GGUFFile.open(fetch_embedded("smollm2-135m")) as gguf:
+        model = load_base_model(gguf, dtype=DTYPES[dtype])
+    inject_lora(model, LoRASettings(RANK, float(ALPHA), 0.0), seed=1)
     model.train()
-    step = CausalStep(model, use_fast_path=setting.startswith("fast"))
-    parameters = [p for _, p in trainable_parameters(model)]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    seconds, losses, tokens = [], [], 0
-    for examples in batches(steps, shared=setting.endswith("shared")):
-        started = time.perf_counter()
-        kept = [ids[: int(np.flatnonzero(target)[-1])] for ids, target in examples]
-        tree = lay_out(kept, share=step.can_share)
-        places = [np.flatnonzero(target[1:]) for _, target in examples]
-        row = PackedRow(
-            torch.from_numpy(tree.token_ids),
-            torch.from_numpy(tree.position_ids),
-            tree.segments,
-            torch.from_numpy(
-                np.concatenate([p[w] for p, w in zip(tree.places, places, strict=True)])
-            ),
-            torch.from_numpy(
-                np.concatenate([ids[1:][w] for (ids, _), w in zip(examples, places, strict=True)])
-            ),
-            sum(map(len, kept)),
-        )
+    step = CausalStep(model, use_fast_path=job.setting.startswith("default"))
+    named = trainable_parameters(model)
+    parameters = [parameter for _, parameter in named]
+    settings = TrainingConfig(learning_rate=LEARNING_RATE, weight_decay=0.0)
+    optimizer = build_optimizer(named, settings)
+    batches = read_frozen(job.folder, job.case, job.warmup + job.steps)
+    clock = Clock()
+    clock.start()
+    for examples in batches:
+        row = row_of(examples, step)
         loss = step.loss_sum(row) / row.num_targets
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-        losses.append(float(loss.detach()))
-        tokens = sum(len(ids) for ids, _ in examples)
-    print(json.dumps({"dtype": dtype} | summary(seconds, losses, tokens)))
+        clock.losses.append(float(loss.detach()))
+        clock.lap()
+    report(job, clock, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, get_args
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
     "train", "create-modelfile", "verify", "evaluate", "preprocess", "data", "models list",
-    "models show", "models pull", "demo",
+    "models show", "models pull", "demo", "bench",
 )  # fmt: skip
 
 

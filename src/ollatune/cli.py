@@ -584,6 +584,56 @@ def release(
     _finish(result, as_json, release_text)
 
 
+@app.command()
+def bench(
+    config: ConfigFlag = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="File or folder of records.  [data/processed/]")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Ollama name, .gguf file, or embedded:smollm2-135m."),
+    ] = None,
+    batch_size: Annotated[
+        str | None, typer.Option("--batch-size", help="Examples per micro-batch, or `auto`.")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option("--lora-rank", help="Rank of the adapter.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps measured.")] = 8,
+    warmup: Annotated[int, typer.Option("--warmup", help="Steps before that.")] = 2,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="Instead: fixed batches side by side with other trainers. From a checkout only; "
+            "installs them once into the user cache.",
+        ),
+    ] = False,
+    rounds: Annotated[int, typer.Option("--rounds", help="With --peers: repetitions.")] = 3,
+    assignments: SetFlag = None,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Measure the training step on this machine: speed, memory, phases, share of what is possible.
+
+    Example: ollatune bench --model llama3.2:1b --data data/processed/
+    """
+    from ollatune.commands.bench import BenchOptions, bench_text, run_bench
+    from ollatune.commands.train import TrainOptions
+
+    configure_logging(level=logging.DEBUG if verbose else logging.INFO)
+    flags = _flags(
+        data__sources=None if data is None else [{"path": str(data)}],
+        model__base_model=model,
+        training__batch_size=_whole_number(batch_size),
+        advanced__lora_rank=lora_rank,
+    )
+    options = TrainOptions(config, tuple(assignments or ()), flags)
+    result = run_bench(BenchOptions(options, warmup, steps, peers, rounds))
+    _finish(result, as_json, bench_text)
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"ollatune {__version__}")

@@ -113,7 +113,7 @@ def run_train(options: TrainOptions) -> dict[str, Any]:
     """Train, or with `dry_run` say what would be done. Returns the result that `--json` prints."""
     started = time.perf_counter()
     config, resumed, overrides = resolve(options)
-    _check_inputs(config)
+    check_inputs(config)
     if options.dry_run:
         from ollatune.commands.dry_run import plan_training
 
@@ -139,7 +139,7 @@ def run_train(options: TrainOptions) -> dict[str, Any]:
     return session.run()
 
 
-def _check_inputs(config: Config) -> None:
+def check_inputs(config: Config) -> None:
     """What can be wrong before anything heavy is imported."""
     for source in config.data.sources:
         if not Path(source.path).expanduser().exists():
