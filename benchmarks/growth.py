@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE.parent)
+if not __package__:  # run as a script: the folder has a file named gguf.py
+    sys.path[0] = str(HERE.parent)
 
 from benchmarks.peers.frozen import peak_mb  # noqa: E402
 from benchmarks.shaped_models import SHAPES, write_shaped_model  # noqa: E402

@@ -1,6 +1,6 @@
 """Training speed side by side with what a user would pick instead, on the same batches, alternating in one run.
 
-    python benchmarks/speed.py --json [--rounds 3] [--only WORD ...] [--save]
+    python benchmarks/speed.py --json [--rounds 3] [--only WORD ...] [--curves] [--save]
 
 Prints one JSON object: `rows` (system, setting, case, tokens_per_second, spread, peak_mb, loss, seconds_per_epoch),
 `ratio_best_peer`, `ratio_trainer_default`, `memory_ratio` (ours over the fastest peer setting),
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE.parent)
+if not __package__:  # run as a script: the folder has a file named gguf.py
+    sys.path[0] = str(HERE.parent)
 
 from benchmarks.peers.environments import NotInstallableError, cache_folder, ensure  # noqa: E402
 from benchmarks.peers.frozen import RANK, THREADS  # noqa: E402
@@ -51,8 +52,8 @@ class Measurement:
     case: str
     script: str
     environment: str | None
-    warmup: int = 2
-    steps: int = 4
+    warmup: int = 1
+    steps: int = 3
 
 
 def _trainer(setting: str, case: str = "mixed", **more: Any) -> Measurement:
@@ -66,17 +67,17 @@ def _trl(setting: str, case: str = "mixed", **more: Any) -> Measurement:
 DEFAULT = "fp32-padded"
 """What `Trainer` does with a model loaded and a collator chosen without further thought."""
 PLAN = (
-    Measurement(OURS, "default", "mixed", "speed_ours.py", None, steps=6),
-    _trainer(DEFAULT, warmup=1, steps=2),
+    Measurement(OURS, "default", "mixed", "speed_ours.py", None, 2, 6),
+    _trainer(DEFAULT, steps=1),
     _trainer("bf16-packed"),
     _trainer("bf16-packed-compile"),
     _trainer("bf16-single-eager"),
     _trl("bf16-packed"),
     _trl("bf16-single-eager"),
     Measurement(LITGPT, "bf16-single", "mixed", "peers/run_litgpt.py", "litgpt"),
-    Measurement(OURS, "default", "shared", "speed_ours.py", None, steps=4),
-    _trainer("bf16-single-eager", "shared", warmup=1, steps=2),
-    _trl("bf16-single-eager", "shared", warmup=1, steps=2),
+    Measurement(OURS, "default", "shared", "speed_ours.py", None, 2, 4),
+    _trainer("bf16-single-eager", "shared", steps=2),
+    _trl("bf16-single-eager", "shared", steps=2),
 )
 CURVES = (
     Measurement(OURS, "default", "mixed", "speed_ours.py", None, 0, 50),
@@ -251,7 +252,9 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", default=[], help="words; a measurement must contain one of them"
     )
-    parser.add_argument("--no-curves", action="store_true", help="leave out the 50-step losses")
+    parser.add_argument(
+        "--curves", action="store_true", help="also losses over 50 steps, 9 minutes"
+    )
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/")
     options = parser.parse_args()
 
@@ -278,7 +281,7 @@ def main() -> int:
         "ceiling_share": round(ours[0]["tokens_per_second"] / best, 3) if ours else None,
         "not_measured": missing,
     }
-    if not options.no_curves and not options.only:
+    if options.curves:
         curves, failed = collect(CURVES, 1, folder, say)
         result["not_measured"] |= failed
         result["losses"] = {

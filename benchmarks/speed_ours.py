@@ -11,11 +11,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script: the folder has a file named gguf.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from benchmarks.peers.frozen import (  # noqa: E402
+import numpy as np
+import torch
+from benchmarks.peers.frozen import (
     ALPHA,
     LEARNING_RATE,
     MAX_GRAD_NORM,
@@ -25,17 +26,17 @@ from benchmarks.peers.frozen import (  # noqa: E402
     Job,
     report,
 )
-from benchmarks.speed_data import Example, read_frozen  # noqa: E402
+from benchmarks.speed_data import Example, read_frozen
 
-from ollatune.config.schema import TrainingConfig  # noqa: E402
-from ollatune.gguf.reader import GGUFFile  # noqa: E402
-from ollatune.modeling.embedded import fetch_embedded  # noqa: E402
-from ollatune.modeling.fast.forward import CausalStep, PackedRow  # noqa: E402
-from ollatune.modeling.fast.segments import lay_out  # noqa: E402
-from ollatune.modeling.load import load_base_model  # noqa: E402
-from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters  # noqa: E402
-from ollatune.training.environment import DTYPES, choose_dtype  # noqa: E402
-from ollatune.training.optimizer import build_optimizer  # noqa: E402
+from ollatune.config.schema import TrainingConfig
+from ollatune.gguf.reader import GGUFFile
+from ollatune.modeling.embedded import fetch_embedded
+from ollatune.modeling.fast.forward import CausalStep, PackedRow
+from ollatune.modeling.fast.segments import lay_out
+from ollatune.modeling.load import load_base_model
+from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters
+from ollatune.training.environment import DTYPES, choose_dtype
+from ollatune.training.optimizer import build_optimizer
 
 
 def row_of(examples: list[Example], step: CausalStep) -> PackedRow:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from ollatune.commands import bench
 from ollatune.gguf.reader import GGUFFile
 from ollatune.modeling.load import load_base_model
-from ollatune.modeling.lora import LoRASettings, inject_lora
+from ollatune.modeling.lora import LoRALinear, LoRASettings, inject_lora
 from ollatune.training.ceiling import Product, measure_ceiling, step_products
 from tests.run_helpers import run, tiny_base, write_records
 
@@ -29,14 +31,16 @@ def test_products_are_what_a_step_computes(base: Path) -> None:
         model = load_base_model(file)
     inject_lora(model, LoRASettings(2, 4.0, 0.0), seed=1)
     num_tokens = 12
-    inputs = {
-        name: torch.randn(num_tokens, module.in_features, requires_grad=True)
-        for name, module in model.named_modules()
-        if type(module).__name__ == "LoRALinear" or name == "lm_head"
-    }
     with FlopCounterMode(display=False) as counter:
-        for name, hidden in inputs.items():
-            model.get_submodule(name)(hidden).sum().backward()
+        for name, module in model.named_modules():
+            if isinstance(module, LoRALinear):
+                hidden = torch.randn(num_tokens, module.in_features, requires_grad=True)
+                small = functional.linear(hidden, module.lora_A)
+                added = functional.linear(small, module.lora_B)
+                (functional.linear(hidden, module.base.weight) + added).sum().backward()
+            elif name == "lm_head":
+                hidden = torch.randn(num_tokens, module.in_features, requires_grad=True)
+                module(hidden).sum().backward()
     products = step_products(model, num_tokens=num_tokens, num_targets=num_tokens)
     assert sum(product.flops * count for product, count in products.items()) == (
         counter.get_total_flops()
@@ -135,3 +139,20 @@ def test_peers_result_is_the_scripts_object(tmp_path: Path) -> None:
     script.write_text("raise SystemExit(3)\n")
     with pytest.raises(bench.OllatuneError, match="exit code 3"):
         bench.measure_peers(tmp_path, rounds=2)
+
+
+def test_stopped_bench_does_not_speak_of_saved_state(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ollatune.training import measure
+
+    data = write_records(tmp_path / "data")
+
+    def stop_after_one(self: measure.StepMeter, state: object, report: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(measure.StepMeter, "_on_step", stop_after_one)
+    assert run(["bench", "--model", str(base), "--data", str(data)]) == 143
+    message = capsys.readouterr().err
+    assert "nothing was written" in message
+    assert "resume" not in message

@@ -140,13 +140,14 @@ def _plain(inputs: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 
 
 def _can_prepack(dtype: torch.dtype) -> bool:
-    return torch.backends.mkldnn.is_available() and dtype in (torch.bfloat16, torch.float32)
+    """Only products in bf16 have it, and only where torch was built with oneDNN."""
+    return torch.backends.mkldnn.is_available() and dtype == torch.bfloat16
 
 
 def _prepacked(inputs: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     """The product with the weight in the library's own layout, as inference engines keep it."""
     ops: Any = torch.ops.mkldnn
-    packed = ops._reorder_linear_weight(weight.contiguous().to_mkldnn(), inputs.shape[0])
+    packed = ops._reorder_linear_weight(weight.contiguous(), inputs.shape[0])
     return lambda: ops._linear_pointwise(inputs, packed, None, "none", [], "")
 
 

@@ -72,7 +72,7 @@ def _run(run: TrainingRun) -> None:
         run.run()
     except Interrupted as error:
         raise Interrupted(
-            "Stopped while measuring; nothing was written.", signal_number=error.signal_number
+            "Stopped while measuring; nothing was written.", signal_number=error.exit_code - 128
         ) from error
 
 
