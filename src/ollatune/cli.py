@@ -309,6 +309,24 @@ def evaluate(
         list[str] | None, typer.Option("--require", help='A gate, e.g. "exact_match>=0.7".')
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 256,
+    perplexity: Annotated[
+        int,
+        typer.Option(
+            "--perplexity",
+            min=0,
+            help="Records whose perplexity is measured, on the files. 0: none.",
+        ),
+    ] = 16,
+    general_text: Annotated[
+        Path | None,
+        typer.Option("--general-text", help="Prose to measure forgetting on.  [the package's own]"),
+    ] = None,
+    forgetting: Annotated[
+        bool,
+        typer.Option(
+            "--forgetting/--no-forgetting", help="Perplexity on general prose, before and after."
+        ),
+    ] = True,
     base: Annotated[
         str | None,
         typer.Option("--base", help="The base, where it is no longer under its old name."),
@@ -326,7 +344,7 @@ def evaluate(
     result = run_evaluate(
         EvaluateOptions(
             checkpoint, export, data, model, base_model, host, tuple(metric or ()),
-            tuple(requirement or ()), max_tokens, base,
+            tuple(requirement or ()), max_tokens, base, perplexity, general_text, forgetting,
         )
     )  # fmt: skip
     _finish(result, as_json, evaluation_text)

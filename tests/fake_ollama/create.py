@@ -20,6 +20,7 @@ Layer = dict[str, Any]
 
 QUANTIZE_TYPES = ("F32", "F16", "Q4_K_S", "Q4_K_M", "Q8_0")
 CHATML = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+LONGEST_CHATML = 600
 CHATML_STOPS = ["<|im_start|>", "<|im_end|>"]
 
 
@@ -84,6 +85,11 @@ class Creation:
     def _refuse_what_is_gone(self) -> None:
         if self.numbers < (0, 34, 1):
             return
+        if (self.request.get("parameters") or {}).get("typical_p") is not None:
+            raise ApiError(
+                400,
+                "typical_p is deprecated and cannot be set as a model parameter; pass it as a request option instead",
+            )
         if self.request.get("adapters"):
             raise ApiError(400, "LoRA adapters are no longer supported")
         if self.request.get("quantize"):
@@ -112,7 +118,7 @@ class Creation:
             layers.append(self._gguf_layer(digest))
             if self.numbers >= (0, 30, 0):
                 yield {"status": "verifying conversion"}
-        if not is_adapter and not self.request.get("template"):
+        if not is_adapter:  # also where a template is given: its stops stay then, if no others are
             layers += self._autodetected(layers[0][0])
         return layers
 
@@ -154,10 +160,11 @@ class Creation:
         return result
 
     def _autodetected(self, layer: Layer) -> list[tuple[Layer, str]]:
-        """Ollama compares with some twenty known Jinja templates; this server knows ChatML."""
+        """Ollama looks among some twenty known Jinja templates for one that is less than 100 edits away; this server
+        knows ChatML, and takes what is short for near enough."""
         with GGUFFile.open(self.store.blob_path(layer["digest"])) as gguf:
             jinja = str(gguf.metadata.get("tokenizer.chat_template", ""))
-        if "<|im_start|>" not in jinja:
+        if "<|im_start|>" not in jinja or len(jinja) > LONGEST_CHATML:
             return []
         template, _ = self.store.layer("template", CHATML.encode())
         stops, is_new = self.store.layer("params", go_map_json({"stop": CHATML_STOPS}).encode())

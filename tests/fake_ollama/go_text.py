@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,14 @@ def human_number(count: int) -> str:
 def short_float(value: float) -> float:
     """A float32 as Go prints it: 1e-05, not 9.999999747e-06."""
     return float(str(np.float32(value)))
+
+
+def go_float(value: float) -> str:
+    """A number out of JSON as fmt prints it: shortest digits, with an exponent from 1e+06 on and below 1e-04."""
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
+        return repr(float(value)).removesuffix(".0")
+    digits, _, exponent = f"{Decimal(repr(float(value))).normalize():e}".partition("e")
+    return f"{digits}e{int(exponent):+03d}"
 
 
 def quoted(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.types import ValueType
-from tests.fake_ollama.go_text import quoted, short_float
+from tests.fake_ollama.go_text import go_float, quoted, short_float
 from tests.fake_ollama.store import FakeStore, Model
 
 _HIDDEN_KEYS = ("general.name", "tokenizer.chat_template")
@@ -153,8 +153,8 @@ def _parameter_lines(params: dict[str, Any]) -> list[str]:
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float) and value == int(value):
-        return str(int(value))
+    if isinstance(value, int | float):
+        return go_float(value)
     return str(value)
 
 

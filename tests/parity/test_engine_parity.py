@@ -15,7 +15,14 @@ from tests.tiny_models import TinyModel, tiny_model
 
 pytest.importorskip("xllamacpp")
 from ollatune.evaluation.engine import LlamaCppEngine
-from ollatune.evaluation.forgetting import answer_perplexity, text_perplexity
+from ollatune.evaluation.forgetting import text_perplexity
+from ollatune.evaluation.likelihood import (
+    answer_targets,
+    served_rows,
+    text_targets,
+    trained_rows,
+)
+from ollatune.evaluation.metrics import PERPLEXITY
 from ollatune.evaluation.score import EvaluationItem
 from ollatune.evaluation.served import LlamaCppServed
 from ollatune.templates import Message, load_chat_template
@@ -151,7 +158,18 @@ def test_perplexities_are_those_of_pytorch(tiny: TinyModel, engine: LlamaCppEngi
         rows = torch_logprobs(tiny, before + after)[len(before) - 1 : -1]
         logprobs.append(rows[np.arange(len(after)), after])
     expected = np.exp(-np.concatenate(logprobs).mean())
-    assert answer_perplexity(served, items, end_text="<eos>") == pytest.approx(expected, rel=1e-3)
+    targets = answer_targets(served, items, end_text="<eos>")
+    rows = served_rows(engine, targets)
+    assert PERPLEXITY.value(rows) == pytest.approx(expected, rel=1e-3)
+    trained = trained_rows(lambda ids, at: torch_logprobs(tiny, ids)[list(at)], targets)
+    np.testing.assert_allclose(trained, rows, rtol=1e-3)
+    (one,) = text_targets(engine, [text, "", text[:1]][:1])
+    assert [*one.given, *one.targets] == ids
+    assert PERPLEXITY.value(served_rows(engine, [one])) == pytest.approx(
+        text_perplexity(engine, text), rel=1e-6
+    )
+    with pytest.raises(InputError, match="No held-out text has two tokens"):
+        text_targets(engine, ["a", ""])
 
 
 def test_the_alternatives_of_an_answer_are_its_distributions(

@@ -1,94 +1,31 @@
 """The whole trip, through the commands, with a server of each version: a tag is trained, put back, and proved.
 
-What answers behind the test server is llama.cpp.
+What answers behind the test server is llama.cpp. With OLLATUNE_TEST_OLLAMA the same tests run against a real server.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ollatune.gguf.reader import GGUFFile
-from ollatune.ollama.client import OllamaClient
-from ollatune.ollama.names import ModelName
-from ollatune.ollama.session import Limits
-from tests.fake_ollama import FakeOllama
-from tests.run_helpers import run, tiny_base, train_command, write_records
+from tests.ollama_server import VERSIONS, server_under_test, stored_config
+from tests.round_trip_place import (
+    BASE_FIELDS,
+    SYSTEM,
+    TEMPLATE,
+    Place,
+    dies_at_request,
+    requests_of,
+)
+from tests.run_helpers import run, tiny_base
 
 pytest.importorskip("xllamacpp")
-from tests.fake_ollama.engine import LlamaCppRunner
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-
-VERSIONS = ["0.24.0", "0.34.1"]
-QUICK = Limits(idle_seconds=20.0, work_seconds=20.0, retry_waits_seconds=(0.01, 0.02))
-TEMPLATE = "{{- range .Messages }}<bos>{{ .Role }}:{{ .Content }}<eos>{{ end }}<bos>assistant:"
-SYSTEM = "Count well."
-
-
-class Place:
-    """A server with a tiny base under the tag `tiny`, and a folder to train in."""
-
-    def __init__(self, server: FakeOllama, folder: Path, recipe: str = "llama") -> None:
-        self.server = server
-        self.folder = folder
-        self.data = write_records(folder / "data", train=24)
-        self.checkpoint = folder / "run" / "best_model.pt"
-        add_tag(server, "tiny", tiny_base(folder / "bases", recipe))
-
-    def train(self) -> None:
-        command = train_command(
-            Path("tiny"), self.data, self.folder / "run", "--epochs", "3",
-            "--set", "advanced.lora_rank=8",
-        )  # fmt: skip
-        assert run(command) == 0
-
-    def create(self, *more: str, output: str = "export") -> int:
-        return run(
-            ["create-modelfile", "--checkpoint", self.checkpoint, "--output",
-             self.folder / output, *more]
-        )  # fmt: skip
-
-    def verify(self, *more: str, output: str = "export") -> int:
-        return run(
-            ["verify", "--checkpoint", self.checkpoint, "--export", self.folder / output, *more]
-        )
-
-    def names(self) -> list[str]:
-        return sorted(model.name.short for model in self.server.store.models())
-
-    def blobs(self) -> list[str]:
-        return sorted(path.name for path in (self.server.store.root / "blobs").iterdir())
-
-
-def add_tag(
-    server: FakeOllama, name: str, gguf: Path, *, config: dict[str, Any] | None = None,
-    messages: Sequence[dict[str, str]] = (),
-) -> None:  # fmt: skip
-    store = server.store
-    digest = store.add_file(gguf)
-    layers = [
-        {
-            "mediaType": "application/vnd.ollama.image.model",
-            "digest": digest,
-            "size": gguf.stat().st_size,
-        }
-    ]
-    texts = {
-        "template": TEMPLATE,
-        "system": SYSTEM,
-        "params": json.dumps({"stop": ["<eos>"], "top_k": 7}),
-        "license": "MIT",
-    }
-    if messages:
-        texts["messages"] = json.dumps(list(messages))
-    layers += [store.layer(kind, text.encode())[0] for kind, text in texts.items()]
-    facts = {"model_format": "gguf", "model_family": "llama", "file_type": "F32"}
-    store.write(ModelName.parse(name), layers, {**facts, **(config or {})})
 
 
 @pytest.fixture(params=VERSIONS)
@@ -98,29 +35,29 @@ def place(
     version, recipe = (
         request.param if isinstance(request.param, tuple) else (request.param, "llama")
     )
-    runner = LlamaCppRunner()
-    with FakeOllama(tmp_path / "store", version, generate=runner) as server:
+    with server_under_test(tmp_path / "store", version) as server:
+        server.add_base("tiny", tiny_base(tmp_path / "bases", recipe), **BASE_FIELDS)
         monkeypatch.setenv("OLLAMA_HOST", server.url)
-        monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
-        yield Place(server, tmp_path, recipe)
-    runner.close()
+        monkeypatch.setenv("OLLAMA_MODELS", str(server.store))
+        monkeypatch.setenv("OLLATUNE_CACHE", str(tmp_path / "cache"))
+        yield Place(server, tmp_path)
 
 
 def test_a_tag_is_trained_put_back_and_answers_as_trained(
-    place: Place, capsys: pytest.CaptureFixture[str]
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    server, name = place.server, place.server.tag("ramsey-model")
     place.train()
-    assert place.create("--create", "ramsey-model") == 0
-    assert place.names() == ["ramsey-model:latest", "tiny:latest"]
-    shown_by_check = json.loads((place.folder / "export" / "verify.json").read_bytes())
+    assert place.create("--create", name) == 0
+    assert server.names() == ["ramsey-model:latest", "tiny:latest"]
+    shown_by_check = place.report()
     assert shown_by_check["passed"]
-    assert f"Ollama {place.server.version}" in shown_by_check["served_by"]
+    assert f"Ollama {server.version}" in shown_by_check["served_by"]
 
-    with OllamaClient(place.server.url) as client:
-        shown = client.show("ramsey-model")
-        tuned = chat(client, "ramsey-model")
-        assert tuned == trained_answer(place)
-        assert tuned != chat(client, "tiny")
+    shown = server.client.show(name)
+    tuned = place.chat("ramsey-model")
+    assert tuned == place.trained_answer()
+    assert tuned != place.chat("tiny")
     assert (shown.template, shown.system, shown.license) == (TEMPLATE, SYSTEM, "MIT")
     assert shown.parameters["top_k"] == 7
     assert shown.parameters["stop"] == ["<eos>"]
@@ -128,73 +65,56 @@ def test_a_tag_is_trained_put_back_and_answers_as_trained(
     with GGUFFile.open(place.folder / "export" / "model.gguf") as written:
         assert shown.metadata["ollatune.export"] == written.metadata["ollatune.export"]
 
-    assert place.verify("--model", "ramsey-model") == 0
+    assert place.verify("--model", name) == 0
     assert place.verify() == 0  # the file itself, in this process
-    evaluation = [
-        "evaluate", "--checkpoint", place.checkpoint, "--export", place.folder / "export",
-        "--model", "ramsey-model", "--max-tokens", "8", "--json",
-    ]  # fmt: skip
     capsys.readouterr()
-    assert run(evaluation) == 0
-    assert "rouge_l" in capsys.readouterr().out
-    assert run([*evaluation, "--require", "exact_match>2"]) == 9
+    evaluation = ["--model", name, "--max-tokens", "8", "--perplexity", "3", "--json"]
+    assert place.evaluate(*evaluation) == 0
+    result = json.loads(capsys.readouterr().out)
+    values = result["values"]
+    assert values["perplexity"] < values["base.perplexity"]
+    assert values["trained.perplexity"] == pytest.approx(values["perplexity"], rel=0.02)
+    assert values["forgetting"] == pytest.approx(
+        values["general_perplexity"] / values["base.general_perplexity"]
+    )
+    assert "rouge_l" in result["text"]
+    assert "general text: perplexity" in result["text"]
+    assert place.evaluate(*evaluation, "--no-forgetting", "--require", "exact_match>2") == 9
 
-    before = place.blobs()
-    place.server.requests.clear()
-    assert place.create("--create", "ramsey-model") == 0  # the same again: nothing is sent
-    assert "POST /api/create" not in place.server.paths()
-    assert place.create("--create", "ramsey-model", "--type", "f16", output="other") == 2
-    assert "has a model ramsey-model:latest already" in capsys.readouterr().err
-    assert place.blobs() == before
-    assert place.create("--create", "ramsey-model", "--type", "f16", "--force", output="other") == 0
-    assert place.names() == ["ramsey-model:latest", "tiny:latest"]
-
-
-def chat(client: OllamaClient, model: str) -> str:
-    messages = [{"role": "user", "content": "Add 30 and 33."}]
-    options = {"temperature": 0, "num_predict": 12}
-    return client.chat(model, messages, options=options).text
-
-
-def trained_answer(place: Place) -> str:
-    """What the trained model says in PyTorch, token by token."""
-    from ollatune.commands.verify import load_run
-    from ollatune.modeling.trained import TrainedLogprobs, load_trained
-    from ollatune.templates.messages import Message
-
-    checkpoint, config, base = load_run(place.checkpoint)
-    logprobs = TrainedLogprobs(load_trained(base, checkpoint.model_state_dict, config))
-    messages = [Message("system", SYSTEM), Message("user", "Add 30 and 33.")]
-    ids = base.tokenizer.encode(base.template.render_prompt(messages))
-    said: list[int] = []
-    while len(said) < 12:
-        token = int(logprobs([*ids, *said], [len(ids) + len(said) - 1])[0].argmax())
-        if token in base.tokenizer.end_of_generation_ids:
-            break
-        said.append(token)
-    return base.tokenizer.decode(said)
+    before = server.blobs()
+    again = requests_of(monkeypatch, lambda: place.create("--create", name))
+    assert "POST /api/create" not in again  # the same again: nothing is sent
+    assert place.create("--create", name, "--type", "f16", output="other") == 2
+    assert f"has a model {name}:latest already" in capsys.readouterr().err
+    assert server.blobs() == before
+    assert place.create("--create", name, "--type", "f16", "--force", output="other") == 0
+    assert server.names() == ["ramsey-model:latest", "tiny:latest"]
 
 
 @pytest.mark.parametrize(
-    "place", [("0.34.1", "qwen2"), ("0.24.0", "gemma2")], indirect=True, ids=["qwen2", "gemma2"]
+    "place",
+    [(version, recipe) for version in VERSIONS for recipe in ("qwen2", "gemma2")],
+    indirect=True,
+    ids=lambda pair: "-".join(pair),
 )
 def test_other_architectures(place: Place) -> None:
+    name = place.server.tag("ramsey-model")
     place.train()
-    assert place.create("--create", "ramsey-model") == 0
-    assert place.verify("--model", "ramsey-model") == 0
-    with OllamaClient(place.server.url) as client:
-        assert chat(client, "ramsey-model") == trained_answer(place)
+    assert place.create("--create", name) == 0
+    assert place.verify("--model", name) == 0
+    assert place.chat("ramsey-model") == place.trained_answer()
 
 
 def test_what_would_be_served_otherwise_gets_no_tag(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place.train()
-    assert place.create("--create", "cut", "--set", 'export.stop=["s"]') == 9
+    name = place.server.tag("cut")
+    assert place.create("--create", name, "--set", 'export.stop=["s"]') == 9
     errors = capsys.readouterr().err
     assert "Cause: stop." in errors
-    assert f"`cut` was not created; the export is in {place.folder / 'export'}." in errors
-    assert place.names() == ["tiny:latest"]
+    assert f"`{name}` was not created; the export is in {place.folder / 'export'}." in errors
+    assert place.server.names() == ["tiny:latest"]
 
 
 def test_what_a_base_has_beyond_its_training_is_left_out(
@@ -202,21 +122,21 @@ def test_what_a_base_has_beyond_its_training_is_left_out(
 ) -> None:
     gguf = next((place.folder / "bases").glob("*.gguf"))
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    add_tag(
-        place.server, "tiny", gguf, messages=said,
-        config={"renderer": "qwen3-coder", "parser": "qwen3-coder", "requires": "0.12.0"},
+    place.server.add_base(
+        "tiny", gguf, messages=said, renderer="qwen3-coder", parser="qwen3-coder",
+        requires="0.12.0", **BASE_FIELDS,
     )  # fmt: skip
     place.train()
-    assert place.create("--create", "ramsey-model", "--system", "Be brief.") == 0
+    name = place.server.tag("ramsey-model")
+    assert place.create("--create", name, "--system", "Be brief.") == 0
     errors = capsys.readouterr().err
     assert "The base's renderer `qwen3-coder` and parser `qwen3-coder`" in errors
     assert "The base's 2 MESSAGE(s)" in errors
     assert "SYSTEM message is another than the one that was trained with" in errors
-    stored = place.server.store.read(ModelName.parse("ramsey-model"))
-    assert stored is not None
-    assert "renderer" not in stored.config
-    assert stored.config["requires"] == "0.12.0"
-    assert not stored.of_kind("messages")
+    config = stored_config(place.server, "ramsey-model")
+    assert "renderer" not in config
+    assert config["requires"] == "0.12.0"
+    assert not config["messages"]
     assert place.create("--format", "adapter", output="adapter") == 3
     assert "served through `qwen3-coder`" in capsys.readouterr().err
 
@@ -225,19 +145,41 @@ def test_the_adapter_goes_where_it_is_served_right(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place.train()
-    code = place.create("--format", "adapter", "--create", "tuned", output="adapter")
+    server, name = place.server, place.server.tag("tuned")
+    code = place.create("--format", "adapter", "--create", name, output="adapter")
     errors = capsys.readouterr().err
-    if place.server.version == "0.34.1":
-        assert code == 3
-        assert "Ollama 0.34.1 no longer takes LoRA adapters" in errors
-        assert "--format gguf" in errors
-        assert place.names() == ["tiny:latest"]
-    else:
+    if server.version.accepts_adapters:
         assert code == 0, errors
-        assert place.names() == ["tiny:latest", "tuned:latest"]
-        with OllamaClient(place.server.url) as client:
-            assert chat(client, "tuned") == trained_answer(place)
+        assert server.names() == ["tiny:latest", "tuned:latest"]
+        assert place.chat("tuned") == place.trained_answer()
+    else:
+        assert code == 3
+        assert f"Ollama {server.version} no longer takes LoRA adapters" in errors
+        assert "--format gguf" in errors
+        assert server.names() == ["tiny:latest"]
     assert place.verify(output="adapter") == 0  # in this process, base and adapter
+
+
+def test_a_base_that_carries_an_adapter_is_trained_with_it(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was learned twice is served as one merged model, and is not what training the weights alone would give."""
+    if not place.server.version.accepts_adapters:
+        pytest.skip("this server makes no models with adapters")
+    place.train()
+    first = place.trained_answer()
+    adapter = place.server.tag("tuned")
+    assert place.create("--format", "adapter", "--create", adapter, output="adapter") == 0
+    second = Place(place.server, place.folder / "second", base="tuned")
+    second.train("--learning-rate", "1e-9")  # nearly nothing is learned: what is there is kept
+    errors = capsys.readouterr().err
+    assert f"{adapter}:latest carries 1 LoRA adapter(s) on top of its weights; merging" in errors
+    assert second.trained_answer() == first
+    name = place.server.tag("merged")
+    assert second.create("--create", name, "--accept-recovery") == 0
+    assert place.chat("merged") == first
+    assert second.create("--format", "adapter", output="again") == 3
+    assert "carries 1 adapter(s) already" in capsys.readouterr().err
 
 
 def test_without_a_server_the_export_is_written_all_the_same(
@@ -246,7 +188,7 @@ def test_without_a_server_the_export_is_written_all_the_same(
     place.train()
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     capsys.readouterr()
-    assert place.create("--create", "ramsey-model") == 4
+    assert place.create("--create", place.server.tag("ramsey-model")) == 4
     errors = capsys.readouterr().err
     assert f"The export is written to {place.folder / 'export'} and complete" in errors
     assert "ollama serve" in errors
@@ -257,50 +199,76 @@ def test_without_a_server_the_export_is_written_all_the_same(
 def test_killed_at_any_request_the_next_run_finishes(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    server, name = place.server, place.server.tag("whole")
     place.train()
-    assert place.create("--create", "whole") == 0
-    expected = place.blobs()
-    num_requests = len(place.server.requests)
-    place.server.requests.clear()
-    with OllamaClient(place.server.url) as client:
-        client.delete("whole")
+
+    def create() -> None:
+        assert place.create("--create", name) == 0
+
+    num_requests = len(requests_of(monkeypatch, create))
+    expected = server.blobs()
+    answer = place.chat("whole")
+    server.client.delete(name)
     kills = 0
     for wanted in range(1, num_requests + 1):
-        if dies_at_request(place, wanted, monkeypatch):
+        if dies_at_request(monkeypatch, wanted, create):
             kills += 1
-            assert place.names() in (["tiny:latest"], ["tiny:latest", "whole:latest"]) or any(
-                "staging" in name for name in place.names()
-            )
-        assert place.create("--create", "whole") == 0
-        assert place.names() == ["tiny:latest", "whole:latest"]
-        assert place.blobs() == expected
-        with OllamaClient(place.server.url) as client:
-            client.delete("whole")
+            left = [tag for tag in server.names() if "staging" not in tag]
+            assert left in (["tiny:latest"], ["tiny:latest", "whole:latest"])
+            if "whole:latest" in left:
+                assert place.chat("whole") == answer  # never half there
+        create()
+        assert server.names() == ["tiny:latest", "whole:latest"]
+        assert server.blobs() == expected
+        server.client.delete(name)
     assert kills >= 8
 
 
-class Killed(BaseException):
-    """What a kill looks like to the program: nothing after it runs."""
+def test_plain_texts_make_the_whole_trip(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Continued pre-training: verified on the beginnings of held-out texts, scored by their perplexity."""
+    folder = place.folder / "texts"
+    folder.mkdir()
+    for split, count in (("train", 12), ("validation", 3), ("test", 3)):
+        lines = [
+            json.dumps({"text": f"The sum of {i} and 3 is {i + 3}. " * 3}) for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    place.data = folder
+    place.train(
+        "--set", "training.method=continued-pretraining", "--set", "model.context_window=64",
+        "--set", "validation.samples=0",
+    )  # fmt: skip
+    name = place.server.tag("reader")
+    assert place.create("--create", name) == 0
+    assert place.verify("--model", name) == 0
+    capsys.readouterr()
+    assert (
+        place.evaluate("--json", "--require", "perplexity<1000", "--require", "gain.perplexity<0")
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["values"]["perplexity"] < result["values"]["base.perplexity"]
+    assert result["tuned"]["records"] == 3
+    assert place.evaluate("--perplexity", "0") == 2
+    assert "plain texts" in capsys.readouterr().err
 
 
-def dies_at_request(place: Place, number: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Run the command, and let it die before its `number`th request is sent; whether it came to that."""
-    import httpx
+def test_the_written_modelfile_is_what_ollama_create_takes(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ollama create ramsey-model -f models/ollama/Modelfile` on what `create-modelfile` left in a user's folder."""
+    from tests.ollama_cli import ollama_create
 
-    sent = 0
-    original = httpx.Client.send
-
-    def send(self: Any, *arguments: Any, **named: Any) -> Any:
-        nonlocal sent
-        sent += 1
-        if sent >= number:
-            raise Killed
-        return original(self, *arguments, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(httpx.Client, "send", send)
-        try:
-            place.create("--create", "whole")
-        except Killed:
-            return True
-    return False
+    place.train()
+    monkeypatch.chdir(place.folder)
+    assert run(
+        ["create-modelfile", "--checkpoint", "run/best_model.pt", "--output", "models/ollama/"]
+    ) == 0  # fmt: skip
+    name = place.server.tag("ramsey-model")
+    ollama_create(place.server.client, name, Path("models/ollama/Modelfile"))
+    assert place.chat("ramsey-model") == place.trained_answer()
+    shown = place.server.client.show(name)
+    assert (shown.template, shown.system, shown.license) == (TEMPLATE, SYSTEM, "MIT")
+    assert run(
+        ["verify", "--checkpoint", "run/best_model.pt", "--export", "models/ollama", "--model", name]
+    ) == 0  # fmt: skip

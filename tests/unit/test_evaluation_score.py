@@ -18,9 +18,11 @@ from ollatune.evaluation.metrics import METRICS
 from ollatune.evaluation.score import (
     EvaluationItem,
     ScoreComparison,
+    ScoreReport,
     compare_scores,
     evaluation_items,
     score,
+    with_likelihood,
 )
 from ollatune.evaluation.served import ServedAnswer
 from ollatune.templates import Message
@@ -167,6 +169,32 @@ def test_the_gate_names_everything_that_is_missing() -> None:
         require(["exactmatch>=0.9"], values)
     with pytest.raises(VerificationError):
         require(["perplexity<5"], {"perplexity": math.nan})
+
+
+def test_perplexity_is_compared_record_by_record() -> None:
+    rows = np.array([[2.0, 2], [6.0, 2], [0.0, 4]])  # nats and tokens of three records
+    base = with_likelihood(score(Answering("the base", BASE), ITEMS), rows * [2.0, 1])
+    tuned = with_likelihood(score(Answering("the tuned", TUNED), ITEMS), rows)
+    found = compare_scores(base, tuned)
+    values = found.values()
+    assert values["perplexity"] == pytest.approx(math.e)  # 8 nats over 8 tokens
+    assert values["base.perplexity"] == pytest.approx(math.e**2)
+    assert (values["loss"], values["base.loss"]) == (pytest.approx(1.0), pytest.approx(2.0))
+    assert values["perplexity.low"] < math.e < values["perplexity.high"]
+    assert 0.2 < found.p_values["perplexity"] <= 1.0  # three records prove nothing
+    assert "perplexity" in found.table()
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_a_model_that_only_reads_has_its_perplexity() -> None:
+    def report(nats: float) -> ScoreReport:
+        return with_likelihood(ScoreReport("m", (), (), (), {}), np.array([[nats, 10.0]] * 20))
+
+    found = compare_scores(report(30.0), report(10.0))
+    assert found.values()["gain.perplexity"] == pytest.approx(math.e - math.e**3)
+    assert "20 records" in found.table()
+    assert found.samples() == ""
+    assert json.loads(json.dumps(found.to_dict()))["tuned"]["records"] == 20
 
 
 def test_forgetting_is_said_where_it_is_notable() -> None:

@@ -13,11 +13,14 @@ from ollatune.base.errors import InputError
 from ollatune.checkpoint.format import Checkpoint
 from ollatune.config.schema import Config
 from ollatune.export.adapter_bundle import write_adapter_bundle
-from ollatune.export.bundle import plan_bundle, write_bundle
+from ollatune.export.bundle import BOS_KEY, plan_bundle, write_bundle
 from ollatune.export.hf_config import readable_by_older
 from ollatune.export.hf_folder import write_hf_folder
 from ollatune.export.identity import IDENTITY_KEY
+from ollatune.export.metadata_edits import DropKey, edited_records
+from ollatune.export.serving import plan_serving
 from ollatune.gguf.reader import GGUFFile
+from ollatune.gguf.writer import TensorToWrite, write_gguf
 from ollatune.modeling.base import BaseSource, resolve_base
 from ollatune.modeling.load import load_base_model
 from ollatune.modeling.lora import adapter_state, inject_lora
@@ -248,3 +251,60 @@ def test_a_licence_loses_only_what_the_parser_would_drop(tmp_path: Path) -> None
     bundle = write_bundle(licensed, checkpoint, config, tmp_path / "out", context=256)
     assert bundle.modelfile.licenses == ("A licence \nof two lines",)
     assert bundle.serving.licences == licensed.source.licences
+
+
+def test_stops_and_parameters_of_the_base(tmp_path: Path) -> None:
+    base, _, config = tiny(tmp_path / "base")
+    given = {
+        "stop": ["<|stop|>", "<eos>"],
+        "typical_p": 0.9,
+        "mirostat": 1,
+        "top_k": 7,
+        "repeat_penalty": 1.3,
+    }
+    with_parameters = with_source(base, parameters=given)
+    serving = plan_serving(with_parameters, config, 64)
+    assert serving.parameters["stop"] == ["<|stop|>", "<eos>"]
+    assert (serving.parameters["top_k"], serving.parameters["repeat_penalty"]) == (7, 1.0)
+    assert not {"typical_p", "mirostat"} & serving.parameters.keys()
+    notes = " ".join(serving.notes)
+    for expected in (
+        "typical_p 0.9 is left out",
+        "parameter mirostat is left out",
+        "repeat_penalty 1.3 is not",
+    ):
+        assert expected in notes
+    own = Config.model_validate({"export": {"stop": ["only"]}})
+    assert plan_serving(with_parameters, own, 64).parameters["stop"] == ["only"]
+    single = with_source(base, parameters={"stop": "<x>"})
+    assert plan_serving(single, config, 64).parameters["stop"] == ["<x>", "<eos>"]
+
+
+def test_what_the_base_is_besides_its_weights_is_said(tmp_path: Path) -> None:
+    base, checkpoint, config = tiny(tmp_path / "base")
+    richer = with_source(base, num_merged=2, has_projector=True)
+    notes = " ".join(plan_serving(richer, config, 64).notes)
+    assert "2 LoRA adapter(s) are merged into the weights" in notes
+    assert "projector is left out" in notes
+    with pytest.raises(InputError, match=r"carries 2 adapter\(s\) already"):
+        write_adapter_bundle(richer, checkpoint, config, tmp_path / "out", context=64)
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+def test_whether_prompts_begin_with_bos_is_always_said(tmp_path: Path, is_said: bool) -> None:
+    """Servers guess differently where a file leaves it open."""
+    base, checkpoint, config = tiny(tmp_path / "base")
+    assert base.gguf.metadata[BOS_KEY] is False
+    if not is_said:
+        silent = tmp_path / "silent.gguf"
+        with base.gguf as file:
+            tensors = [
+                TensorToWrite(info.name, info.shape, info.type, lambda n=info.name: [file.tensor_data(n)])
+                for info in file.tensors.values()
+            ]  # fmt: skip
+            write_gguf(silent, edited_records(file, [DropKey(BOS_KEY)]), tensors)
+        base = open_base(resolve_base(str(silent)))
+        assert BOS_KEY not in base.gguf.metadata
+    bundle = write_bundle(base, checkpoint, config, tmp_path / "out", context=64)
+    with GGUFFile.open(bundle.gguf_path) as written:
+        assert written.metadata[BOS_KEY] is base.tokenizer.add_bos

@@ -236,6 +236,61 @@ def test_a_long_tag_still_has_a_staging_name(tmp_path: Path, weights: Path) -> N
         assert names(server) == ["m:" + "t" * 80]
 
 
+def test_what_a_generated_modelfile_cannot_tell_is_recognised_all_the_same(
+    server: FakeOllama, weights: Path
+) -> None:
+    """The server quotes texts in ways nobody can read back, and large numbers with an exponent."""
+    model = to_publish(
+        weights,
+        licenses=['three """quotes""" in\na row', "another"],
+        parameters={"stop": ['a "b"\n', "\\n", "é "], "num_ctx": 1 << 20, "min_p": 1e-5, "use_mmap": True},
+        system='"quoted"',
+    )  # fmt: skip
+    with connect(server) as client:
+        assert not publish(client, "tuned", model).was_there
+        shown = client.show("tuned")
+        assert shown.parameters == dict(model.parameters)
+        assert isinstance(shown.parameters["num_ctx"], int)
+        assert publish(client, "tuned", model).was_there
+
+
+@pytest.mark.parametrize(
+    "name", ["someone/model:v1", "hf.co/org/Repo:Q8_0", "localhost:5000/ns/model:v1", "M:V1.2-rc_1"]
+)
+def test_any_name_that_ollama_takes(server: FakeOllama, weights: Path, name: str) -> None:
+    with connect(server) as client:
+        publish(client, name, to_publish(weights))
+        assert names(server) == [name]
+        assert publish(
+            client, name.upper().replace("HF.CO", "hf.co"), to_publish(weights)
+        ).was_there
+
+
+def test_no_stops_are_added_from_a_template_that_the_server_recognises(
+    server: FakeOllama, weights: Path
+) -> None:
+    """Its parameters stay where ours are silent, even beside an explicit TEMPLATE."""
+    model = to_publish(weights, parameters={"num_ctx": 512})
+    with connect(server) as client:
+        publish(client, "tuned", model)
+        assert client.show("tuned").parameters == {"num_ctx": 512}
+        assert publish(client, "tuned", model).was_there
+        request = {"model": "bare", "files": {"m.gguf": client.upload_blob(weights)}}
+        client.create({**request, "template": TEMPLATE})
+        assert client.show("bare").parameters == {"stop": ["<|im_start|>", "<|im_end|>"]}
+
+
+def test_a_base_parameter_that_newer_servers_refuse(server: FakeOllama, weights: Path) -> None:
+    model = to_publish(weights, parameters={"typical_p": 0.9})
+    with connect(server) as client:
+        if server.numbers < (0, 34, 1):
+            publish(client, "tuned", model)
+            return
+        with pytest.raises(OllamaError, match="typical_p is deprecated"):
+            publish(client, "tuned", model)
+        assert names(server) == []
+
+
 # --- the way in ---
 
 

@@ -177,9 +177,7 @@ def test_split_weights_and_projector(builder: StoreBuilder, store: LocalStore) -
     assert [path.read_bytes() for path in model.gguf_paths] == [b"GGUF 1", b"GGUF 2"]
     assert [path.read_bytes() for path in model.projector_paths] == [b"GGUF p"]
     model.verify()
-    with pytest.raises(InputError, match="The weights of split:latest are split over 2 blobs"):
-        model.require_gguf()
-    assert model.require_gguf(allow_split=True) == model.gguf_paths[0]
+    assert model.require_gguf() == model.gguf_paths[0]
 
 
 def test_config_fields(builder: StoreBuilder, store: LocalStore) -> None:
@@ -202,19 +200,17 @@ def test_config_fields(builder: StoreBuilder, store: LocalStore) -> None:
     assert (model.template, model.system, model.params) == (None, None, {})
 
 
-def test_a_model_with_an_adapter_is_not_its_weights_alone(
-    builder: StoreBuilder, store: LocalStore
-) -> None:
+def test_a_model_with_an_adapter_needs_its_blob(builder: StoreBuilder, store: LocalStore) -> None:
     builder.manifest(
         "tuned", [builder.layer("model", b"GGUF"), builder.layer("adapter", b"GGUF a")]
     )
     model = store.find("tuned")
     assert model is not None
-    with pytest.raises(InputError, match="carries 1 LoRA adapter") as caught:
-        model.require_gguf()
-    assert "Train from the model it was made from" in str(caught.value)
-    assert model.require_gguf(allow_adapters=True) == model.gguf_paths[0]
+    assert model.require_gguf() == model.gguf_paths[0]
     assert [path.read_bytes() for path in model.adapter_paths] == [b"GGUF a"]
+    model.adapter_paths[0].unlink()
+    with pytest.raises(InputError, match="needs the blob"):
+        model.require_gguf()
 
 
 def test_safetensors_and_cloud_models_are_refused_by_name(

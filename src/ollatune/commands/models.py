@@ -85,7 +85,9 @@ def show_model(name: str, models_folder: Path | None = None) -> dict[str, Any]:
     from ollatune.modeling.base import resolve_base
 
     config = Config(model=ModelConfig(), ollama=OllamaConfig(models=models_folder))
-    source = resolve_base(name, models_folder=models_folder, find_remote=remote_finder(config))
+    source = resolve_base(
+        name, models_folder=models_folder, find_remote=remote_finder(config), merges_adapters=False
+    )
     with source.open() as gguf:
         described = describe(gguf, known_architectures=ARCHITECTURES, decodable_types=DECODABLE)
     described["model_name"] = described.pop("name", None)

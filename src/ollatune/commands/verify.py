@@ -14,7 +14,7 @@ from ollatune.base.log import get_logger
 from ollatune.checkpoint.format import Checkpoint
 from ollatune.config.load import ParsedYaml, load_config
 from ollatune.config.schema import Config, DataSource
-from ollatune.data.conversation import Conversation, Sample
+from ollatune.data.conversation import Conversation, Document, Sample
 from ollatune.data.load import iter_samples, source_files
 from ollatune.data.rejects import Rejections
 from ollatune.evaluation.compare import limits_for
@@ -34,6 +34,7 @@ from ollatune.templates.messages import Message
 REPORT_NAME = "verify.json"
 DEFAULT_PROMPTS = 6
 _CONTEXT_MARGIN_TOKENS = 256
+_BEGINNING_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,14 @@ def held_out_samples(config: Config, path: Path | None, split: str = "test") -> 
     Raises InputError where neither exists.
     """
     sources = [DataSource(path=str(path))] if path is not None else list(config.data.sources)
+    method = config.training.method
     by_split: dict[str | None, list[Sample]] = {}
     for source in sources:
         rejections = Rejections(skip_bad=config.data.skip_bad)
-        for sample, _, found in iter_samples(source, config.data, "fine-tuning", rejections, set()):
+        for sample, _, found in iter_samples(source, config.data, method, rejections, set()):
             by_split.setdefault(found, []).append(sample)
     wanted: list[str | None] = [split, "validation"]
-    if path is not None and len([f for s in sources for f in source_files(s, "fine-tuning")]) == 1:
+    if path is not None and len([f for s in sources for f in source_files(s, method)]) == 1:
         wanted += [None, "train"]  # a single file was named: it is the test set, whatever its name
     for name in wanted:
         if by_split.get(name):
@@ -99,10 +101,12 @@ def held_out_samples(config: Config, path: Path | None, split: str = "test") -> 
 
 
 def conversations(samples: Sequence[Sample], limit: int | None = None) -> list[list[Message]]:
-    """The questions: each conversation up to its last answer."""
+    """The questions: each conversation up to its last answer; of a plain text, its beginning."""
     found: list[list[Message]] = []
     for sample in samples:
-        if isinstance(sample, Conversation) and sample.messages[-1].role == "assistant":
+        if isinstance(sample, Document) and sample.text.strip():
+            found.append([Message("user", sample.text.strip()[:_BEGINNING_CHARACTERS])])
+        elif isinstance(sample, Conversation) and sample.messages[-1].role == "assistant":
             found.append([Message(m.role, m.content) for m in sample.messages[:-1]])
         if limit is not None and len(found) >= limit:
             break

@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from ollatune.base.errors import InputError
 from ollatune.evaluation.engine import LlamaCppEngine
-from ollatune.evaluation.score import EvaluationItem
-from ollatune.evaluation.served import LlamaCppServed
 from ollatune.evaluation.statistics import perplexity
 
 GENERAL_TEXT = Path(__file__).with_name("general_text.txt")
@@ -63,14 +61,3 @@ def token_perplexity(target_logprobs: TargetLogprobs, token_ids: Sequence[int]) 
             f"A text of {len(token_ids)} tokens has no perplexity.", hint="Give a longer one."
         )
     return perplexity(target_logprobs(token_ids[:1], token_ids[1:]))
-
-
-def answer_perplexity(
-    served: LlamaCppServed, items: Sequence[EvaluationItem], *, end_text: str = ""
-) -> float:
-    """Perplexity per token of the expected answers, each with `end_text` (the trained end of turn) after it."""
-    logprobs = []
-    for item in items:
-        target = served.engine.tokenize(item.expected + end_text, add_special=False)
-        logprobs.append(served.engine.target_logprobs(served.render(item.messages), target))
-    return perplexity(np.concatenate(logprobs)) if logprobs else float("nan")

@@ -24,6 +24,7 @@ from ollatune.base.errors import InputError, UsageError
 from ollatune.base.text import did_you_mean, printable
 
 _MAX_NGRAM = 4
+_MAX_LOSS = 700.0  # its exponential is still a number
 _WORD = re.compile(r"[^\W_]+")
 _WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 _NOT_JSON = object()
@@ -132,6 +133,16 @@ METRICS = {
     "choice_accuracy": mean_metric("choice_accuracy", choice_accuracy),
 }
 """The metrics known by name."""
+
+
+def _no_answers(answer: str, expected: str) -> Sequence[float]:
+    raise UsageError("Perplexity is measured on tokens, not on answers.")
+
+
+PERPLEXITY = Metric(
+    "perplexity", _no_answers, lambda sums, _: math.exp(min(_MAX_LOSS, sums[0] / max(1.0, sums[1])))
+)
+"""Its rows are a record's sum of negative logprobs in nats, and its number of target tokens."""
 
 
 def find_metric(name: str) -> Metric:

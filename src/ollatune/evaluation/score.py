@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ollatune.base.errors import InputError, UsageError
 from ollatune.base.text import printable
 from ollatune.data.conversation import Conversation, Sample
-from ollatune.evaluation.metrics import Metric, default_metrics
+from ollatune.evaluation.metrics import PERPLEXITY, Metric, default_metrics
 from ollatune.evaluation.served import ServedAnswer, ServedModel
 from ollatune.evaluation.statistics import Estimate, Rows, estimate, paired_permutation_p
 from ollatune.templates import Message
@@ -50,7 +50,8 @@ def evaluation_items(samples: Iterable[Sample]) -> list[EvaluationItem]:
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """One model's answers and what they are worth. `extra` holds what was measured otherwise, e.g. perplexity."""
+    """One model's answers and what they are worth. `likelihood` has the rows of `metrics.PERPLEXITY`, `extra` what
+    was measured otherwise."""
 
     model: str
     items: tuple[EvaluationItem, ...]
@@ -58,8 +59,14 @@ class ScoreReport:
     metrics: tuple[Metric, ...]
     rows: Mapping[str, Rows] = field(repr=False)
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    likelihood: Rows | None = field(default=None, repr=False)
     seconds: float = 0.0
     extra: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_records(self) -> int:
+        """Questions asked; of a model that only reads, texts read."""
+        return len(self.items) if self.items or self.likelihood is None else len(self.likelihood)
 
     def values(self) -> dict[str, float]:
         """Every number by name, for a gate: `exact_match`, `exact_match.low`, `exact_match.high`, …"""
@@ -72,7 +79,7 @@ class ScoreReport:
         """As JSON: metrics with intervals, and each answer with its per-record values."""
         content: dict[str, Any] = {
             "model": self.model,
-            "records": len(self.items),
+            "records": self.num_records,
             "seconds": round(self.seconds, 3),
             "metrics": {name: _finite(asdict(found)) for name, found in self.estimates.items()},
             **_finite(self.extra),
@@ -124,6 +131,16 @@ def score(
     )
 
 
+def with_likelihood(report: ScoreReport, rows_RC: Rows) -> ScoreReport:
+    """`report` with perplexity and loss from the rows of `metrics.PERPLEXITY` of some of its records."""
+    found = estimate(PERPLEXITY, rows_RC)
+    return replace(
+        report, likelihood=rows_RC,
+        estimates={**report.estimates, PERPLEXITY.name: found},
+        extra={**report.extra, "loss": math.log(found.value)},
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ScoreComparison:
     """Base against tuned on the same records; `p_values` by metric, of "both are equally good"."""
@@ -168,11 +185,13 @@ class ScoreComparison:
             for row in rows
         ]
         return "\n".join(
-            [*lines, f"{len(self.tuned.items)} records, 95 % intervals; {self.tuned.model}"]
+            [*lines, f"{self.tuned.num_records} records, 95 % intervals; {self.tuned.model}"]
         )
 
     def samples(self, num_samples: int = 4) -> str:
         """Questions with the expected, the base's and the tuned model's answer; half of them wrong where some are."""
+        if not self.tuned.metrics:
+            return ""
         first = self.tuned.metrics[0]
         is_right = [first.value(row[None]) >= 1 for row in self.tuned.rows[first.name]]
         wrong = [i for i, right in enumerate(is_right) if not right][: num_samples // 2]
@@ -200,6 +219,10 @@ def compare_scores(base: ScoreReport, tuned: ScoreReport) -> ScoreComparison:
         metric.name: paired_permutation_p(metric, base.rows[metric.name], tuned.rows[metric.name])
         for metric in tuned.metrics
     }
+    if base.likelihood is not None and tuned.likelihood is not None:
+        p_values[PERPLEXITY.name] = paired_permutation_p(
+            PERPLEXITY, base.likelihood, tuned.likelihood
+        )
     return ScoreComparison(base, tuned, p_values)
 
 

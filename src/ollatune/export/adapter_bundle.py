@@ -110,6 +110,8 @@ def _require_expressible(
         reason = "the run trained all weights, and holds no adapter"
     elif config.advanced.use_dora:
         reason = "DoRA rescales every row of a weight, which a GGUF adapter cannot express"
+    elif source.num_merged:
+        reason = f"{source.name} carries {source.num_merged} adapter(s) already, and was trained on with them merged in"
     elif len(base.gguf.paths) > 1:
         reason = "Ollama takes no adapter on a split base"
     elif source.renderer or source.parser:

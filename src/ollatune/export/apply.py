@@ -13,17 +13,18 @@ from ollatune.base.errors import InputError, VerificationError
 from ollatune.base.files import write_json
 from ollatune.base.log import get_logger
 from ollatune.export.plan import ExportPlan, PlannedTensor
-from ollatune.export.recovery import (
+from ollatune.export.settle import settle_types
+from ollatune.export.target_types import next_larger_type
+from ollatune.export.weights import updated
+from ollatune.gguf.codecs import quantize
+from ollatune.gguf.decode import decode_tensor
+from ollatune.gguf.reader import GGUFFile
+from ollatune.gguf.recovery import (
     LARGEST_ACCEPTED_RECOVERY,
     SMALLEST_ACCEPTED_RECOVERY,
     is_accepted,
     measure_recovery,
 )
-from ollatune.export.settle import settle_types
-from ollatune.export.target_types import next_larger_type
-from ollatune.export.weights import decode_tensor, updated
-from ollatune.gguf.codecs import quantize
-from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.types import GGMLType
 from ollatune.gguf.writer import Chunk, TensorToWrite, write_gguf
 

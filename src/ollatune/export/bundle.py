@@ -25,6 +25,7 @@ from ollatune.ollama.modelfile import Modelfile
 
 MODEL_NAME = "model.gguf"
 MODELFILE_NAME = "Modelfile"
+BOS_KEY = "tokenizer.ggml.add_bos_token"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,15 @@ def plan_bundle(base: OpenBase, checkpoint: Checkpoint, config: Config) -> Expor
         base.gguf,
         tensor_updates(architecture, checkpoint, config),
         tensor_type=config.export.tensor_type,
-        metadata_edits=[*edits, identity],
+        metadata_edits=[*edits, *_bos_edits(base), identity],
     )
+
+
+def _bos_edits(base: OpenBase) -> list[SetKey]:
+    """Whether prompts begin with BOS, said where the base leaves it open: servers guess differently then."""
+    if BOS_KEY in base.gguf.metadata:
+        return []
+    return [SetKey(BOS_KEY, base.tokenizer.add_bos, ValueType.BOOL)]
 
 
 def bundle_identity(base: OpenBase, checkpoint: Checkpoint, config: Config) -> str:

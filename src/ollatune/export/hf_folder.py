@@ -25,7 +25,8 @@ from ollatune.export.checkpoint_updates import has_lora, tensor_updates
 from ollatune.export.hf_config import readable_by_older
 from ollatune.export.plan import TensorUpdate
 from ollatune.export.safetensors_file import LazyTensor, write_safetensors
-from ollatune.export.weights import decode_tensor, updated
+from ollatune.export.weights import updated
+from ollatune.gguf.decode import decode_tensor
 from ollatune.gguf.hf_tokenizer import save_hf_tokenizer
 from ollatune.gguf.reader import GGUFFile
 from ollatune.modeling.architectures import Architecture, TensorRule, architecture_of

@@ -13,7 +13,7 @@ from ollatune.export.metadata_edits import DropKey, MetadataEdit
 from ollatune.modeling.base import BaseSource
 from ollatune.modeling.opened import OpenBase
 from ollatune.ollama.modelfile import Modelfile
-from ollatune.ollama.parameters import PARAMETER_KINDS, checked_parameters
+from ollatune.ollama.parameters import NOT_IN_MODELS, PARAMETER_KINDS, checked_parameters
 from ollatune.templates.precedence import prefers_jinja
 from ollatune.templates.to_go import GoConversion, to_go_template
 
@@ -52,7 +52,9 @@ def plan_serving(base: OpenBase, config: Config, context: int) -> Serving:
             f"{JINJA_KEY} is left out of the file: Ollama from 0.30 on would prefer it to the TEMPLATE, "
             "which renders what was trained."
         )
-    stops = config.export.stop if config.export.stop is not None else list(conversion.stops)
+    stops = config.export.stop
+    if stops is None:  # the base's own, and the end of turn that was trained
+        stops = list(dict.fromkeys([*_stops_of(base.source.parameters), *conversion.stops]))
     inherited, left_out = inherited_parameters(base.source.parameters)
     notes += left_out
     parameters = {
@@ -74,18 +76,29 @@ def plan_serving(base: OpenBase, config: Config, context: int) -> Serving:
     )
 
 
+def _stops_of(parameters: Mapping[str, Any]) -> list[str]:
+    """The stop texts of a base; a single one that was stored as a text counts, though no server runs with it."""
+    given = parameters.get("stop") or []
+    return [str(stop) for stop in (given if isinstance(given, list | tuple) else [given])]
+
+
 def inherited_parameters(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The base's parameters that its tuned model takes over, and a note for each that it does not."""
     taken: dict[str, Any] = {}
     notes: list[str] = []
     for key, value in given.items():
         if key == "stop":
-            continue  # the stops follow from the template that was trained with
+            continue  # joined with those of the template that was trained with
         if key in _NO_PENALTY and value != _NO_PENALTY[key]:
             taken[key] = _NO_PENALTY[key]  # said, for a model made FROM the base would inherit it
             notes.append(
                 f"The base's {key} {value} is not taken over: penalties move the answers away from what was trained. "
                 f"Set export.parameters.{key} to have it."
+            )
+        elif key in NOT_IN_MODELS:
+            notes.append(
+                f"The base's {key} {value} is left out: newer servers take it with a request only, and refuse to "
+                "create a model that has it."
             )
         elif key not in PARAMETER_KINDS:
             notes.append(
@@ -113,6 +126,12 @@ def inherited_notes(source: BaseSource) -> list[str]:
         notes.append(
             f"The base's {len(source.messages)} MESSAGE(s), which the server puts before every chat, are left out: "
             "the model was not trained with them. Add them to the Modelfile if they are wanted."
+        )
+    if source.num_merged:
+        notes.append(f"The base's {source.num_merged} LoRA adapter(s) are merged into the weights.")
+    if source.has_projector:
+        notes.append(
+            "The base's projector is left out: the export reads text only, which is all it was trained on."
         )
     return notes
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ollatune.export.plan import ExportPlan, PlannedTensor
-from ollatune.export.recovery import is_accepted, measure_recovery
 from ollatune.export.target_types import fitting_type, next_larger_type
-from ollatune.export.weights import decode_tensor, updated
+from ollatune.export.weights import updated
 from ollatune.gguf.codecs import quantize
+from ollatune.gguf.decode import decode_tensor
 from ollatune.gguf.reader import GGUFFile
+from ollatune.gguf.recovery import is_accepted, measure_recovery
 
 
 def settle_types(plan: ExportPlan) -> ExportPlan:

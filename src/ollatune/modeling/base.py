@@ -16,6 +16,7 @@ from ollatune.base.log import get_logger
 from ollatune.catalog import load_catalog
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.split import open_gguf
+from ollatune.modeling.assembled import digest_of_parts, in_order, linked_parts, merged_base
 from ollatune.modeling.embedded import (
     DEFAULT_EMBEDDED,
     EMBEDDED_PREFIX,
@@ -36,9 +37,12 @@ class BaseSource:
 
     Attributes:
         name: as it was resolved, e.g. `llama3.1:8b`; path: its GGUF (the first part of a split one).
-        digest: hex sha256 of that file; origin: `embedded`, `file` or `store`.
+        digest: hex sha256 of that file, or what stands for several (`assembled`).
+        origin: `embedded`, `file` or `store`.
         template: the Go template it is served with, None where the GGUF's own Jinja decides.
         system, parameters, messages, licences, renderer, parser, requires: the store's other layers.
+        num_merged: LoRA adapters that the store serves on top of its weights, and that are merged into `path`.
+        has_projector: whether it also reads images.
     """
 
     name: str
@@ -53,6 +57,8 @@ class BaseSource:
     renderer: str = ""
     parser: str = ""
     requires: str = ""
+    num_merged: int = 0
+    has_projector: bool = False
 
     @property
     def is_ollama(self) -> bool:
@@ -64,7 +70,11 @@ class BaseSource:
 
 
 def resolve_base(
-    name: str, *, models_folder: Path | None = None, find_remote: FindRemote | None = None
+    name: str,
+    *,
+    models_folder: Path | None = None,
+    find_remote: FindRemote | None = None,
+    merges_adapters: bool = True,
 ) -> BaseSource:
     """Find the base model called `name`.
 
@@ -72,6 +82,7 @@ def resolve_base(
         name: Ollama name, path of a .gguf file, or `embedded:…`.
         models_folder: the Ollama store to look in; None takes the default places.
         find_remote: called when no local store has the model; None raises InputError instead.
+        merges_adapters: see `from_stored`.
 
     Raises:
         UsageError: no valid name. InputError: not there, or not usable. ServiceError: from `find_remote`.
@@ -91,7 +102,7 @@ def resolve_base(
         if find_remote is None:
             raise not_found(model_name, roots, resolution.suggestion)
         stored = find_remote(model_name)
-    return from_stored(stored)
+    return from_stored(stored, merges_adapters=merges_adapters)
 
 
 def not_found(model_name: ModelName, roots: list[Path], suggestion: str | None) -> InputError:
@@ -118,23 +129,35 @@ def _from_file(path: Path) -> BaseSource:
             f"--model {path}: there is {kind}.",
             hint=f"Pass the path of a .gguf file, an Ollama name, or {DEFAULT_EMBEDDED}.",
         )
-    with open_gguf(path):  # damaged files are named before anything is hashed
-        pass
+    with open_gguf(path) as file:  # damaged files are named before anything is hashed
+        parts = file.paths
     try:
-        digest = sha256_file(path)
+        digest = digest_of_parts([sha256_file(part) for part in parts])
     except OSError as error:
         raise StorageError(f"Cannot read {path}: {error.strerror}.") from error
     return BaseSource(str(path), path, digest, "file")
 
 
-def from_stored(stored: StoredModel) -> BaseSource:
-    """A model of an Ollama store as a base. Raises InputError where its weights cannot be used."""
-    path = stored.require_gguf()
-    layer = next(layer for layer in stored.layers if layer.kind == "model")
+def from_stored(stored: StoredModel, *, merges_adapters: bool = True) -> BaseSource:
+    """A model of an Ollama store as a base. Raises InputError where its weights cannot be used.
+
+    Adapters that it carries are merged into its weights; without `merges_adapters` `path` is the weights alone, to
+    look at, not to train on.
+    """
+    stored.require_gguf()
+    name = stored.name.short
+    digest_of = {layer.path: layer.digest.removeprefix("sha256:") for layer in stored.layers}
+    parts = in_order(stored.gguf_paths, name)
+    digest = digest_of_parts([digest_of[part] for part in parts])
+    path = parts[0] if len(parts) == 1 else linked_parts(parts, digest)
+    adapters = stored.adapter_paths if merges_adapters else ()
+    if adapters:
+        digests = [digest, *(digest_of[adapter] for adapter in adapters)]
+        path, digest = merged_base(path, adapters, digests, name)
     return BaseSource(
-        name=stored.name.short,
+        name=name,
         path=path,
-        digest=layer.digest.removeprefix("sha256:"),
+        digest=digest,
         origin="store",
         template=stored.template,
         system=stored.system,
@@ -144,6 +167,8 @@ def from_stored(stored: StoredModel) -> BaseSource:
         renderer=stored.renderer,
         parser=stored.parser,
         requires=stored.requires,
+        num_merged=len(adapters),
+        has_projector=bool(stored.projector_paths),
     )
 
 

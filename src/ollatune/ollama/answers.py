@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ollatune.ollama.modelfile import Modelfile, first_source
+from ollatune.ollama.modelfile import first_source
+from ollatune.ollama.parameters import shown_parameters
 
 ProgressCallback = Callable[["Progress"], None]
 
@@ -72,6 +73,7 @@ class ShownModel:
     template: str
     system: str
     license: str
+    parameters_text: str
     messages: tuple[Mapping[str, Any], ...]
     details: Mapping[str, Any]
     metadata: Mapping[str, Any]
@@ -86,6 +88,7 @@ class ShownModel:
             template=str(answer.get("template") or ""),
             system=str(answer.get("system") or ""),
             license=str(answer.get("license") or ""),
+            parameters_text=str(answer.get("parameters") or ""),
             messages=tuple(answer.get("messages") or ()),
             details=answer.get("details") or {},
             metadata=answer.get("model_info") or {},
@@ -104,8 +107,8 @@ class ShownModel:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Parameters with their types. Raises InputError where the generated Modelfile cannot be read."""
-        return Modelfile.parse(self.modelfile, path=f"Modelfile of {self.name}").parameters
+        """Parameters with their types, as `shown_parameters` reads them."""
+        return shown_parameters(self.parameters_text)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ollatune.base.errors import InputError
@@ -25,6 +26,9 @@ DEPRECATED_PARAMETERS = frozenset(
     )
 )  # fmt: skip
 """Ignored by Ollama, with a warning."""
+
+NOT_IN_MODELS = frozenset(("typical_p",))
+"""Options of a request that newer servers refuse as a model's parameter."""
 
 _TRUTH = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 
@@ -64,3 +68,45 @@ def checked_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
         else:
             checked[key] = parameter_value(key, parameter_text(value), place=place)
     return checked
+
+
+_GO_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", re.DOTALL)
+_GO_LETTERS = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+
+
+def shown_parameters(text: str) -> dict[str, Any]:
+    """The `parameters` of `/api/show`: a name and a value a line, texts quoted as Go quotes them, numbers as Go prints
+    them (`1.048576e+06`). `stop` is a list. What is not known or not of its kind is given as it stands.
+    """
+    parameters: dict[str, Any] = {}
+    for line in text.splitlines():
+        key, _, rest = line.strip().partition(" ")
+        value = _go_value(rest.strip(), PARAMETER_KINDS.get(key, str))
+        if key == "stop":
+            parameters.setdefault(key, []).append(value)
+        elif key:
+            parameters[key] = value
+    return parameters
+
+
+def _go_value(text: str, kind: type) -> Any:
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        return _GO_ESCAPE.sub(_unescaped, text[1:-1])
+    try:
+        if kind is bool:
+            return _TRUTH[text.lower()]
+        if kind is int:
+            number = float(text)
+            return int(number) if number.is_integer() else number
+        return kind(text)
+    except (ValueError, KeyError):
+        return text
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    code = found[1]
+    return (
+        chr(int(code[1:], 16))
+        if code[0] in "xuU" and len(code) > 1
+        else _GO_LETTERS.get(code, code)
+    )

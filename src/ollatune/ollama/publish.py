@@ -23,6 +23,7 @@ from ollatune.ollama.parameters import checked_parameters
 
 _STAGING_SUFFIX = "-ollatune-staging"
 _MAX_TAG_BYTES = 80
+_NO_STOPS: Mapping[str, Any] = {"stop": []}
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def _request(
         sources: dict[str, Any] = {"from": model.base, "adapters": {_file_name(weights): digest}}
     else:
         sources = {"files": {_file_name(weights): digest}}
+        # Said even where there are none: the server adds those of a template that it recognises in the file.
+        parameters = {**_NO_STOPS, **parameters}
     fields = {
         "template": model.template, "system": model.system, "parameters": dict(parameters),
         "license": list(model.licenses), "messages": [dict(message) for message in model.messages],
@@ -162,7 +165,7 @@ def _is_same(shown: ShownModel, model: ModelToPublish, parameters: Mapping[str, 
         and shown.template == (model.template or shown.template)
         and shown.system == (model.system or "")
         and [dict(m) for m in shown.messages] == [dict(m) for m in model.messages]
-        and shown.parameters == dict(parameters)
+        and {**_NO_STOPS, **shown.parameters} == {**_NO_STOPS, **parameters}
     )
 
 

@@ -90,11 +90,10 @@ class StoredModel:
         """Whether the weights are MLX safetensors rather than a GGUF."""
         return self.config.get("model_format") == "safetensors" or bool(self.paths("tensor"))
 
-    def require_gguf(self, *, allow_adapters: bool = False, allow_split: bool = False) -> Path:
-        """Path of the (first) GGUF that holds the weights.
+    def require_gguf(self) -> Path:
+        """Path of the (first) GGUF that holds the weights; the blobs of all weights and adapters are there.
 
-        Raises InputError where they are not here, not a GGUF, or not the whole model: weights without the adapter
-        that is served on top of them are another model.
+        Raises InputError where they are not here, or not a GGUF.
         """
         short = self.name.short
         if self.is_remote:
@@ -108,18 +107,6 @@ class StoredModel:
             raise InputError(
                 f"{short} holds {what}, a GGUF was expected ({self.manifest_path}).",
                 hint="Pull a tag with a GGUF, such as one ending in q4_K_M, or pass a .gguf file.",
-            )
-        if self.adapter_paths and not allow_adapters:
-            raise InputError(
-                f"{short} carries {len(self.adapter_paths)} LoRA adapter(s) on top of its weights; training on the"
-                " weights alone would silently drop what the adapter has learned.",
-                hint="Train from the model it was made from, or from one whose adapter is merged.",
-            )
-        if len(self.gguf_paths) > 1 and not allow_split:
-            raise InputError(
-                f"The weights of {short} are split over {len(self.gguf_paths)} blobs, which have no names to tell their"
-                " order.",
-                hint="Join the parts with `llama-gguf-split --merge` and pass the result as a .gguf file.",
             )
         for layer in self.layers:
             if layer.kind in ("model", "adapter", "projector"):
