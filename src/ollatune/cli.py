@@ -453,19 +453,19 @@ StoreFlag = Annotated[
 @models.callback()
 def _models(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        models_list(None, False)
+        models_list(None, None, False)
 
 
 @models.command("list")
-def models_list(store: StoreFlag = None, as_json: JsonFlag = False) -> None:
-    """What is in the local store, embedded, and in the catalog with the memory each needs.
+def models_list(store: StoreFlag = None, host: HostFlag = None, as_json: JsonFlag = False) -> None:
+    """What is in the local store, on a server, embedded, and in the catalog with the memory each needs.
 
     Example: ollatune models list
     """
     from ollatune.commands.models import list_models, list_text
 
     configure_logging()
-    _finish(list_models(store), as_json, list_text)
+    _finish(list_models(store, host), as_json, list_text)
 
 
 @models.command("show")
@@ -581,7 +581,10 @@ def release(
         str | None, typer.Option("--push", help="Also push to a registry: USER/MODEL:TAG.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--from", help="With --push: the model on the Ollama server.")
+        str | None,
+        typer.Option(
+            "--from", help="The export's tag on the Ollama server: it is named NAME:TAG, too."
+        ),
     ] = None,
     host: HostFlag = None,
     as_json: JsonFlag = False,

@@ -33,7 +33,7 @@ ROUTES = {
 
 
 class FakeOllama:
-    """A server on a free loopback port; a context manager.
+    """A server on loopback, on a free port unless one is named; a context manager.
 
     Attributes:
         url: where it listens. store: what is on its disk. requests: (method, path, body) of each request, blobs' bodies
@@ -48,6 +48,7 @@ class FakeOllama:
         faults: Sequence[Fault] = (),
         generate: GenerateFunction | None = None,
         registry: FakeStore | None = None,
+        port: int = 0,
     ) -> None:
         self.version = version
         self.numbers = tuple(int(part) for part in version.split("-")[0].split("."))
@@ -60,7 +61,7 @@ class FakeOllama:
         self.loaded: dict[str, int] = {}
         self.pulled_bytes: dict[str, int] = {}
         self.lock = threading.RLock()
-        self._http = _Server(("127.0.0.1", 0), _Handler)
+        self._http = _Server(("127.0.0.1", port), _Handler)
         self._http.fake = self
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
 

@@ -13,6 +13,7 @@ from ollatune.export.apply import apply_export
 from ollatune.export.identity import IDENTITY_KEY
 from ollatune.export.metadata_edits import SetKey
 from ollatune.export.plan import plan_export
+from ollatune.export.registry import ModelRegistry
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.types import ValueType
 from ollatune.ollama.client import OllamaClient
@@ -20,6 +21,7 @@ from ollatune.ollama.publish import ModelToPublish, publish
 from tests.fake_ollama import FakeOllama
 from tests.fake_ollama.store import FakeStore
 from tests.parity.test_ollama_recordings import write_stand_in
+from tests.round_trip_place import dies_at_request
 
 
 @pytest.fixture
@@ -103,7 +105,64 @@ def test_only_the_very_export_is_pushed(
         assert result["pushed"] == {"name": "me/mail:v1", "from": "ours"}
         assert server.paths()[-1] == "POST /api/push"
         names = [model.name.short for model in server.store.models()]
-        assert sorted(names) == ["me/mail:v1", "mine:latest", "ours:latest"]
+        assert sorted(names) == ["mail:v1", "me/mail:v1", "mine:latest", "ours:latest"]
+
+
+def test_a_release_names_the_served_model_too(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeOllama(tmp_path / "store", "0.34.1") as server:
+        put(server, "ours", tmp_path, identity="one")
+        put(server, "mine", tmp_path)
+        host = ["--host", server.url]
+        assert main(["release", "mail", "--from", "mine", *host]) == 3
+        assert "nothing was released" in capsys.readouterr().err
+        assert not ollatune(capsys, "release", "--list")["models"]
+        assert (
+            ollatune(capsys, "release", "mail", "--from", "ours", *host)["served_as"] == "mail:v1"
+        )
+        assert (
+            ollatune(capsys, "release", "mail", "--tag", "v1", "--from", "ours", *host)["tag"]
+            == "v1"
+        )
+        with OllamaClient(server.url) as client:
+            client.delete("mail:v1")
+            client.copy("mine", "mail:v1")
+        assert main(["release", "mail", "--tag", "v1", "--from", "ours", *host]) == 2
+        assert "the server has another model mail:v1 already" in capsys.readouterr().err
+        assert main(["release", "mail", "--tag", "v2", "--from", "none", *host]) == 4
+
+
+def test_a_release_killed_at_any_request_is_finished_by_the_next(
+    export: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["release", "mail", "--tag", "v1", "--push", "me/mail:v1", "--from", "ours"]
+    whole: tuple[list[str], list[str], str] | None = None
+    for number in range(1, 20):
+        monkeypatch.setenv("OLLATUNE_REGISTRY", str(tmp_path / f"registry{number}"))
+        remote = FakeStore(tmp_path / f"remote{number}")
+        with FakeOllama(tmp_path / f"store{number}", "0.24.0", registry=remote) as server:
+            put(server, "ours", tmp_path, identity="one")
+            host = ["--host", server.url]
+            is_killed = dies_at_request(monkeypatch, number, lambda h=host: main([*command, *h]))
+            assert main([*command, *host]) == 0
+            names = [
+                sorted(m.name.short for m in store.models()) for store in (server.store, remote)
+            ]
+            notes = ollatune(capsys, "release", "mail", "--notes", "v1")["notes"]
+            found = (names[0], names[1], notes.split("## Origin")[1])
+            assert whole in (None, found)
+            whole = found
+            history = ModelRegistry(tmp_path / f"registry{number}").history("mail")
+            assert [event["reason"] for event in history] == ["release"]
+        if not is_killed:
+            break
+    assert number > 5
+    assert whole is not None
+    assert whole[:2] == (["mail:v1", "me/mail:v1", "ours:latest"], ["me/mail:v1"])
 
 
 def put(server: FakeOllama, name: str, folder: Path, identity: str = "") -> None:
@@ -123,6 +182,13 @@ def test_models_of_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         host = ["--host", server.url]
         with OllamaClient(server.url) as client:
             client.load("mine")
+        listed = ollatune(capsys, "models", "list", "--models", tmp_path / "store", *host)
+        assert [row["name"] for row in listed["local"]] == ["mine:latest"]
+        assert listed["server"]["models"][0]["name"] == "mine:latest"
+        unseen = ["models", "list", "--models", str(tmp_path / "none")]
+        assert main([*unseen, *host]) == 0
+        assert f"On the server at {server.url}:\n  mine:latest" in capsys.readouterr().out
+        assert main([*unseen, "--host", "127.0.0.1:9"]) == 4
         running = ollatune(capsys, "models", "ps", *host)["running"]
         assert [row["name"] for row in running] == ["mine:latest"]
         assert main(["models", "copy", "mine", "second", *host]) == 0

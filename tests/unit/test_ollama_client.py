@@ -1,8 +1,7 @@
-"""The client against the test server (or a real one named by OLLATUNE_TEST_OLLAMA)."""
+"""The client against the test server. What is asked of real ones, too: tests/parity/test_server_contract.py."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -327,20 +326,6 @@ def test_joining_parts() -> None:
     )
     assert (generation.text, generation.thinking, generation.output_tokens) == ("ab", "t1", 2)
     assert generation.tool_calls == ({"function": {"name": "f"}},)
-
-
-@pytest.mark.real_ollama
-def test_a_real_server(weights: Path) -> None:
-    host = os.environ.get("OLLATUNE_TEST_OLLAMA")
-    if not host:
-        pytest.skip("OLLATUNE_TEST_OLLAMA names no server")
-    with OllamaClient(host) as client:
-        client.version()
-        digest = client.upload_blob(weights)
-        assert client.blob_exists(digest)
-        assert not client.has("ollatune-test/absent")
-        for row in client.list():
-            assert client.show(row.name).name == row.name
 
 
 def test_nothing_here_imports_torch() -> None:

@@ -23,9 +23,11 @@ from ollatune.ollama.failures import OllamaError
 from ollatune.ollama.publish import ModelToPublish, publish
 from ollatune.ollama.pull import ensure_local
 from ollatune.ollama.session import Limits
+from ollatune.ollama.store import LocalStore
 from tests.fake_ollama import FakeOllama, Fault, GenerationAnswer, GenerationRequest
 from tests.fake_ollama.store import FakeStore
 from tests.parity.test_ollama_recordings import write_stand_in
+from tests.round_trip_place import dies_at_request
 
 QUICK = Limits(idle_seconds=2.0, work_seconds=2.0, retry_waits_seconds=(0.01, 0.02, 0.04))
 VERSIONS = ["0.24.0", "0.32.15", "0.34.1"]
@@ -379,3 +381,25 @@ def test_a_pull_that_is_cut_goes_on_where_it_was(base_store: FakeStore, tmp_path
             client.pull("base:1b", progress=lambda p: seen.append(p.completed))
         assert server.paths() == ["POST /api/pull"] * 4
         assert server.store.models()[0].name.short == "base:1b"
+
+
+def test_a_pull_killed_at_any_request_is_finished_by_the_next(
+    base_store: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `ollatune train --model base:1b` begins."""
+    expected = sorted(path.name for path in (base_store.root / "blobs").iterdir())
+    for number in range(1, 9):
+        root = tmp_path / f"empty{number}"
+        with FakeOllama(root, registry=base_store) as server, connect(server) as client:
+
+            def fetch(client: OllamaClient = client, root: Path = root) -> None:
+                ensure_local("base:1b", client, roots=[root]).verify()
+
+            is_killed = dies_at_request(monkeypatch, number, fetch)
+            assert is_killed or LocalStore(root).find("base:1b")
+            fetch()
+            assert sorted(path.name for path in (root / "blobs").iterdir()) == expected
+            assert [model.name.short for model in server.store.models()] == ["base:1b"]
+        if not is_killed:
+            break
+    assert number == 4  # show, pull, show

@@ -55,6 +55,26 @@ def two_versions(registry: ModelRegistry, tmp_path: Path) -> ModelRegistry:
     return registry
 
 
+def test_notes_tell_how_the_data_changed(registry: ModelRegistry, tmp_path: Path) -> None:
+    export, run = tmp_path / "export", make_run(tmp_path / "run")
+    report = {
+        "forms": {"data/": "instruction"}, "num_duplicates": 0, "num_rejected": 0, "warnings": ["w"],
+        "splits": {"train": {"num_examples": 300, "num_tokens": 9000, "percentiles": {"p50": 30}}},
+    }  # fmt: skip
+    for number, examples in ((1, 300), (2, 450)):
+        report["splits"]["train"]["num_examples"] = examples  # type: ignore[index]
+        facts = json.loads((run / "run.json").read_bytes())
+        (run / "run.json").write_text(json.dumps({**facts, "data": report}))
+        registry.release("mail", f"v{number}", make_export(export, str(number)), run)
+    first, second = registry.notes("mail", "v1"), registry.notes("mail", "v2")
+    assert "## Data\n\n| count | value |" in first
+    assert "| splits.train.num_tokens | 9000 |" in first
+    assert "| count | v1 | this version |" in second
+    assert "| splits.train.num_examples | 300 | 450 |" in second
+    assert "num_tokens" not in second  # unchanged
+    assert "warnings" not in first
+
+
 def test_a_release_holds_where_it_came_from(two_versions: ModelRegistry) -> None:
     first, second = two_versions.releases("mail")
     assert (first.tag, first.parent, second.tag, second.parent) == ("v1", None, "v2", "v1")

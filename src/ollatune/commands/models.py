@@ -12,8 +12,11 @@ from ollatune.catalog import Entry, load_catalog
 from ollatune.config.schema import Config, ModelConfig, OllamaConfig
 
 
-def list_models(models_folder: Path | None = None) -> dict[str, Any]:
-    """Models in the local stores, and the catalog with what each needs."""
+def list_models(models_folder: Path | None = None, host: str | None = None) -> dict[str, Any]:
+    """Models in the local stores, and the catalog with what each needs.
+
+    The server is asked, too, where `host` names it, or where no store can be read here: in Docker, or elsewhere.
+    """
     from ollatune.modeling.embedded import EMBEDDED_MODELS, EMBEDDED_PREFIX
     from ollatune.ollama.store import LocalStore, store_roots
 
@@ -29,6 +32,7 @@ def list_models(models_folder: Path | None = None) -> dict[str, Any]:
             {"name": model.name.short, "size_bytes": model.size_bytes, "store": str(root)}
             for model in stored
         ]
+    served = _served_models(host, is_wanted=host is not None or not local)
     embedded = [
         {
             "name": f"{EMBEDDED_PREFIX}{name}",
@@ -38,7 +42,24 @@ def list_models(models_folder: Path | None = None) -> dict[str, Any]:
         for name, model in EMBEDDED_MODELS.items()
     ]
     catalog = [_catalog_row(entry) for entry in load_catalog().entries()]
-    return {"local": local, "embedded": embedded, "catalog": catalog}
+    return {"local": local, "embedded": embedded, "catalog": catalog} | served
+
+
+def _served_models(host: str | None, *, is_wanted: bool) -> dict[str, Any]:
+    """What the server has, under `server`; {} where it is not wanted, or is down and was not named."""
+    if not is_wanted:
+        return {}
+    from ollatune.ollama.client import OllamaClient
+    from ollatune.ollama.failures import ServerDown
+
+    try:
+        with OllamaClient(host) as client:
+            models = [{"name": row.name, "size_bytes": row.size_bytes} for row in client.list()]
+            return {"server": {"url": client.endpoint.url, "models": models}}
+    except ServerDown:
+        if host is not None:
+            raise
+        return {}
 
 
 def _catalog_row(entry: Entry) -> dict[str, Any]:
@@ -64,6 +85,11 @@ def list_text(result: dict[str, Any]) -> str:
     lines += [f"  {m['name']:<32} {format_bytes(m['size_bytes']):>10}" for m in result["local"]]
     if not result["local"]:
         lines.append("  (nothing; `ollama pull NAME` or `ollatune models pull NAME`)")
+    if server := result.get("server"):
+        lines.append(f"On the server at {server['url']}:")
+        lines += [
+            f"  {m['name']:<32} {format_bytes(m['size_bytes']):>10}" for m in server["models"]
+        ]
     lines.append("Embedded:")
     lines += [f"  {m['name']:<32} {format_bytes(m['size_bytes']):>10}" for m in result["embedded"]]
     lines.append(

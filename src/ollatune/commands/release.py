@@ -67,6 +67,8 @@ def _release(registry: ModelRegistry, name: str, options: ReleaseOptions) -> dic
     tag = options.tag or _following_tag(registry, name)
     if options.push is not None:
         _require_pushable(options)
+    if options.source is not None:
+        _require_served(options)
     release = registry.release(
         name, tag, options.export, options.run or _run_of(options.export),
         metrics=_measured(options.export), summary=options.summary,
@@ -76,6 +78,8 @@ def _release(registry: ModelRegistry, name: str, options: ReleaseOptions) -> dic
         "folder": str(registry.folder / name / tag),
         "notes": registry.notes(name, tag),
     }
+    if options.source is not None:
+        result["served_as"] = _give_name(options, f"{name}:{tag}")
     if options.push is not None:
         result["pushed"] = _push(options)
     return result
@@ -175,25 +179,51 @@ def _require_pushable(options: ReleaseOptions) -> None:
         )
 
 
-def _push(options: ReleaseOptions) -> dict[str, Any]:
-    """Copy the server's model to the name to push, once it is known to be this export, and push it.
+def _require_served(options: ReleaseOptions) -> None:
+    """Raise InputError unless the server's model is the very export that is released; ServiceError."""
+    from ollatune.ollama.client import OllamaClient
 
-    Raises InputError where it is another model, ServiceError.
-    """
+    assert options.source is not None
+    identity = read_object(options.export / "export.json").get("identity")
+    with OllamaClient(options.host) as client:
+        served = client.show(options.source).metadata.get(IDENTITY_KEY)
+    if identity is None or served != identity:
+        raise InputError(
+            f"`{options.source}` on the server is not the export in {options.export} "
+            f"({IDENTITY_KEY} is {served}, {identity} was expected); nothing was released.",
+            hint="Create it first: ollatune create-modelfile --create NAME.",
+        )
+
+
+def _give_name(options: ReleaseOptions, wanted: str) -> str:
+    """The server's model under the name of the version, too. Raises UsageError where another model has that name."""
+    from ollatune.ollama.client import OllamaClient
+    from ollatune.ollama.failures import ModelMissing
+
+    assert options.source is not None
+    with OllamaClient(options.host) as client:
+        identity = client.show(options.source).metadata.get(IDENTITY_KEY)
+        try:
+            there = client.show(wanted).metadata.get(IDENTITY_KEY)
+        except ModelMissing:
+            client.copy(options.source, wanted)
+        else:
+            if there != identity:
+                raise UsageError(
+                    f"The version is released, but the server has another model {wanted} already.",
+                    hint=f"Remove that one (`ollatune models delete {wanted}`), then run this command again.",
+                )
+    return wanted
+
+
+def _push(options: ReleaseOptions) -> dict[str, Any]:
+    """Copy the server's model, which is this export, to the name to push, and push it. Raises ServiceError."""
     from ollatune.commands.remote import PullBars
     from ollatune.ollama.client import OllamaClient
 
     assert options.push is not None
     assert options.source is not None
-    identity = read_object(options.export / "export.json").get("identity")
     with PullBars() as bars, OllamaClient(options.host) as client:
-        served = client.show(options.source).metadata.get(IDENTITY_KEY)
-        if identity is None or served != identity:
-            raise InputError(
-                f"`{options.source}` on the server is not the export in {options.export} "
-                f"({IDENTITY_KEY} is {served}, {identity} was expected); it was not pushed.",
-                hint="Create it first: ollatune create-modelfile --create NAME.",
-            )
         if options.source != options.push:
             client.copy(options.source, options.push)
         client.push(options.push, progress=bars.update)
@@ -214,7 +244,8 @@ def release_text(result: dict[str, Any]) -> str:
         return f"{result['name']} is at {result['tag']} again; nothing was deleted."
     if action == "restore":
         return "\n".join(["Restored:", *(f"  {path}" for path in result["files"])])
-    return f"Released {result['name']} {result['tag']} in {result['folder']}.\n\n{result['notes']}"
+    served = f" `ollama run {result['served_as']}` runs it." if "served_as" in result else ""
+    return f"Released {result['name']} {result['tag']} in {result['folder']}.{served}\n\n{result['notes']}"
 
 
 def _list_text(result: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ from ollatune.base.text import format_bytes
 _CELL_CHARACTERS = 80
 _DIGEST_CHARACTERS = 12
 _ABSENT = "–"
+_DATA_KEYS = ("forms", "splits", "num_duplicates", "num_rejected")
+"""What of the data report of a run stands in release notes."""
 
 
 def release_notes(release: Mapping[str, Any], parent: Mapping[str, Any] | None) -> str:
@@ -21,6 +23,7 @@ def release_notes(release: Mapping[str, Any], parent: Mapping[str, Any] | None) 
     since = "First version." if parent is None else f"Follows {parent['tag']}."
     lines += [f"Released {release['created']}. {since}", ""]
     lines += ["## Origin", "", *_origin(release, parent), ""]
+    lines += _data(release["data"], parent)
     lines += _metrics(release["metrics"], parent)
     if parent is not None:
         lines += _configuration(release, parent)
@@ -60,6 +63,33 @@ def _base_text(release: Mapping[str, Any]) -> str:
 
 def _data_text(release: Mapping[str, Any]) -> str:
     return f"`{release['data']['digest'][:_DIGEST_CHARACTERS] or 'unknown'}`"
+
+
+def _data(data: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list[str]:
+    """What the run counted in its data: all of it for a first version, what changed for a later one."""
+    new = _counts(data)
+    old = {} if parent is None else _counts(parent["data"])
+    if parent is None:
+        rows = [f"| {key} | {_cell(value)} |" for key, value in sorted(new.items())]
+        head = ["| count | value |", "| --- | --- |"]
+    else:
+        changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        rows = [
+            f"| {key} | {_cell(old.get(key, _ABSENT))} | {_cell(new.get(key, _ABSENT))} |"
+            for key in changed
+        ]
+        head = [f"| count | {parent['tag']} | this version |", "| --- | --- | --- |"]
+    return ["## Data", "", *head, *rows, ""] if rows else []
+
+
+def _counts(data: Mapping[str, Any]) -> dict[str, Any]:
+    report = data.get("report") or {}
+    kept = {key: report[key] for key in _DATA_KEYS if key in report}
+    return {
+        key: value
+        for key, value in flattened(kept)
+        if not isinstance(value, Mapping | list | tuple)
+    }
 
 
 def _metrics(now: Mapping[str, float], parent: Mapping[str, Any] | None) -> list[str]:
