@@ -87,6 +87,9 @@ def train(
         int | None, typer.Option("--max-steps", help="Stop after this many optimiser steps.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="The Ollama server that pulls the base.")
+    ] = None,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="Join the processes torchrun started.")
     ] = False,
@@ -128,6 +131,7 @@ def train(
         training__max_steps=max_steps,
         training__seed=seed,
         advanced__lora_rank=lora_rank,
+        ollama__host=host,
     )
     result = run_train(
         TrainOptions(
@@ -199,6 +203,9 @@ def create_modelfile(
             "--data", help="With --create: records to verify with.  [the run's test files]"
         ),
     ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="With --create: the server's address.")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="With --create: replace a tag that exists.")
     ] = False,
@@ -220,6 +227,7 @@ def create_modelfile(
         export__tensor_type=tensor_type,
         export__system=system,
         export__accept_recovery=accept_recovery,
+        ollama__host=host,
     )
     result = run_create_modelfile(
         ExportOptions(

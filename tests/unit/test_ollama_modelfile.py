@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ollatune.base.errors import InputError
-from ollatune.ollama.modelfile import INSTRUCTIONS, Command, Modelfile, first_source
+from ollatune.ollama.modelfile import INSTRUCTIONS, Command, Modelfile, sources
 from ollatune.ollama.parameters import PARAMETER_KINDS, checked_parameters
 
 HTTP_RECORDINGS = Path(__file__).parents[1] / "data" / "ollama-http.jsonl"
@@ -411,14 +411,17 @@ def test_modelfiles_of_real_servers() -> None:
         assert "".join(modelfile.licenses) == answer.get("license", "")
         assert list(modelfile.messages) == answer.get("messages", [])
         assert modelfile.source.startswith("/models/blobs/sha256-")
-        assert first_source(answer["modelfile"]) == modelfile.source
+        assert sources(answer["modelfile"]) == [modelfile.source]
         assert modelfile.parameters["stop"]
 
 
-def test_first_source_of_nothing() -> None:
-    assert first_source("") == ""
-    assert first_source("# FROM x\nSYSTEM FROM\n") == ""
-    assert first_source('from "/a b/c"\n') == "/a b/c"
+def test_sources_of_a_generated_modelfile() -> None:
+    assert sources("") == []
+    assert sources("# FROM x\nSYSTEM FROM\n") == []
+    assert sources('from "/a b/c"\n') == ["/a b/c"]
+    text = 'FROM /m\nFROM /n\nADAPTER /x\nADAPTER "/y z"\nTEMPLATE """\nADAPTER /none\n"""\n'
+    assert sources(text) == ["/m", "/n"]
+    assert sources(text, "ADAPTER") == ["/x", "/y z"]
 
 
 def test_mutants_give_only_our_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,9 @@ def test_killed_between_any_two_requests_and_run_again(
     assert not [path.name for path in folder.iterdir() if "partial" in path.name]
 
 
-def write_adapter(path: Path) -> Path:
+def write_adapter(path: Path, alpha: float = 1.0) -> Path:
     records = [
+        encode_metadata("adapter.lora.alpha", alpha, ValueType.FLOAT32),
         encode_metadata("general.architecture", "llama", ValueType.STRING),
         encode_metadata("general.type", "adapter", ValueType.STRING),
     ]
@@ -217,6 +219,10 @@ def test_adapters_only_where_they_are_served(tmp_path: Path, weights: Path) -> N
                 stored = server.store.read(server.store.models()[0].name)
                 assert stored is not None
                 assert stored.of_kind("adapter")[0]["digest"] == client.upload_blob(adapter)
+                assert publish(client, "tuned", model).was_there
+                other = write_adapter(tmp_path / "other.gguf", alpha=2.0)
+                with pytest.raises(UsageError, match="already"):
+                    publish(client, "tuned", replace(model, adapter=other))
 
 
 def test_what_cannot_be_published(server: FakeOllama, weights: Path) -> None:

@@ -241,7 +241,11 @@ def release_text(result: dict[str, Any]) -> str:
     if action == "alias":
         return f"{result['name']}:{result['alias']} is {result['tag']} now."
     if action == "rollback":
-        return f"{result['name']} is at {result['tag']} again; nothing was deleted."
+        return (
+            f"{result['name']} is at {result['tag']} again; nothing was deleted. To serve it:\n"
+            f"  ollatune release {result['name']} --restore {result['tag']} --export FOLDER\n"
+            f"  ollama create {result['name']} -f FOLDER/Modelfile"
+        )
     if action == "restore":
         return "\n".join(["Restored:", *(f"  {path}" for path in result["files"])])
     served = f" `ollama run {result['served_as']}` runs it." if "served_as" in result else ""

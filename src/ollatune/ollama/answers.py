@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ollatune.ollama.modelfile import first_source
+from ollatune.ollama.modelfile import sources
 from ollatune.ollama.parameters import shown_parameters
 
 ProgressCallback = Callable[["Progress"], None]
@@ -103,7 +103,12 @@ class ShownModel:
     @property
     def blob_path(self) -> str:
         """The GGUF's path on the server's own disk, or ""."""
-        return first_source(self.modelfile)
+        return next(iter(sources(self.modelfile)), "")
+
+    @property
+    def adapter_paths(self) -> tuple[str, ...]:
+        """Paths of the LoRA adapters on the server's own disk."""
+        return tuple(sources(self.modelfile, "ADAPTER"))
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -306,13 +306,17 @@ def _inexpressible(command: Command) -> InputError:
     )
 
 
-def first_source(text: str) -> str:
-    """What the first FROM of a generated Modelfile names, or "": in `/api/show` it is the blob's path on the server.
+def sources(text: str, instruction: str = "FROM") -> list[str]:
+    """What the FROM (or ADAPTER) lines of a generated Modelfile name: in `/api/show` the blobs' paths on the server.
 
-    Read line by line: the server quotes licences and templates in ways that its own parser does not always undo.
+    Read line by line, up to the texts: the server quotes licences and templates in ways that its own parser does not
+    always undo.
     """
+    found: list[str] = []
     for line in text.splitlines():
         word, _, rest = line.strip().partition(" ")
-        if word.upper() == "FROM":
-            return _unquote(rest) or ""
-    return ""
+        if word.upper() in ("TEMPLATE", "SYSTEM", "LICENSE"):
+            break
+        if word.upper() == instruction:
+            found.append(_unquote(rest) or "")
+    return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ollatune.base.errors import InputError, UsageError
+from ollatune.base.files import sha256_file
 from ollatune.ollama.answers import ProgressCallback, ShownModel
 from ollatune.ollama.client import OllamaClient
 from ollatune.ollama.failures import ModelMissing, OllamaError
@@ -157,12 +158,24 @@ def _shown(client: OllamaClient, name: str) -> ShownModel | None:
 
 
 def _is_same(shown: ShownModel, model: ModelToPublish, parameters: Mapping[str, Any]) -> bool:
-    """Whether `shown` was made from `model`. Without an identity nothing is: servers since 0.30 store other bytes."""
-    if not model.identity or model.adapter is not None:
+    """Whether `shown` was made from `model`. A merged model is known by its identity alone, for servers since 0.30
+    store other bytes than they are sent; an adapter, which they do not rewrite, by its digest."""
+    if model.adapter is not None:
+        digest = sha256_file(model.adapter)
+        if [_digest_in(path) for path in shown.adapter_paths] != [f"sha256:{digest}"]:
+            return False
+        # What is not said is the base's.
+        said = {key: shown.parameters.get(key) for key in parameters}
+        return (
+            shown.template == (model.template or shown.template)
+            and shown.system == (model.system or shown.system)
+            and said == dict(parameters)
+        )
+    found = {key: shown.metadata.get(key) for key in model.identity}
+    if not model.identity or found != dict(model.identity):
         return False
     return (
-        all(shown.metadata.get(key) == value for key, value in model.identity.items())
-        and shown.template == (model.template or shown.template)
+        shown.template == (model.template or shown.template)
         and shown.system == (model.system or "")
         and [dict(m) for m in shown.messages] == [dict(m) for m in model.messages]
         and {**_NO_STOPS, **shown.parameters} == {**_NO_STOPS, **parameters}
@@ -176,7 +189,12 @@ def _delete_quietly(client: OllamaClient, name: str) -> None:
 
 
 def _digest_of(shown: ShownModel) -> str:
-    return Path(shown.blob_path).name.replace("sha256-", "sha256:")
+    return _digest_in(shown.blob_path)
+
+
+def _digest_in(blob_path: str) -> str:
+    """The digest that a blob's path on the server ends with; the path may be of another system than this one."""
+    return blob_path.replace("\\", "/").rpartition("/")[2].replace("sha256-", "sha256:")
 
 
 def _staging_name(target: ModelName) -> str:
