@@ -181,7 +181,8 @@ def _read_adapter(path: Path, base: GGUFFile, name: str) -> dict[str, _Pair]:
                 path,
                 f"it was made for `{file.architecture}`, the weights are `{base.architecture}`",
             )
-        alpha = float(file.metadata.get("adapter.lora.alpha", 0.0))
+        stated = file.metadata.get("adapter.lora.alpha", 0.0)
+        alpha = float(stated) if isinstance(stated, int | float) else 0.0
         pairs: dict[str, _Pair] = {}
         for stem in sorted(
             {tensor.removesuffix(".lora_a").removesuffix(".lora_b") for tensor in file.tensors}
