@@ -338,6 +338,19 @@ def test_what_is_nowhere_is_pulled(base_store: FakeStore, tmp_path: Path) -> Non
             ensure_local("other", client, roots=[tmp_path / "none"])
 
 
+def test_names_of_other_registries_are_pulled_as_they_stand(
+    base_store: FakeStore, tmp_path: Path
+) -> None:
+    name = "hf.co/org/Repo-GGUF:Q4_1"
+    with FakeOllama(base_store.root) as server, connect(server) as client:
+        client.copy("base:1b", name)
+    with FakeOllama(tmp_path / "empty", registry=base_store) as server, connect(server) as client:
+        stored = ensure_local(name, client, roots=[tmp_path / "none"])
+        assert stored.name.short == name
+        assert ("POST", "/api/pull", {"model": name, "stream": True}) in server.requests
+    assert stored.manifest_path.parts[-4:] == ("hf.co", "org", "Repo-GGUF", "Q4_1")
+
+
 def test_a_remote_server_says_what_can_be_done(
     base_store: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

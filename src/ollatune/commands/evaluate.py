@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ollatune.base.errors import InputError, UsageError
+from ollatune.base.errors import InputError, UsageError, VerificationError
 from ollatune.base.files import make_folder, write_json
 from ollatune.base.log import get_logger
 from ollatune.commands.verify import (
@@ -116,7 +116,13 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     comparison = compare_scores(base_report, tuned_report)
     result = _result(comparison, found)
     write_json(make_folder(options.export) / REPORT_NAME, result)
-    require(requirements, result["values"])
+    try:
+        require(requirements, result["values"])
+    except VerificationError:
+        get_logger("evaluation").info(
+            "%s", result["text"]
+        )  # what was measured is worth seeing then, too
+        raise
     return result
 
 

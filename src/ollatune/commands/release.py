@@ -18,6 +18,7 @@ from ollatune.export.release_tags import next_tag, version_key
 FIRST_TAG = "v1"
 PARENT = "parent"
 """`--rollback parent` goes to the version that the current one follows."""
+_LISTED_METRICS = 4
 _EVALUATION_NAME = "evaluation.json"
 
 
@@ -263,7 +264,8 @@ def _list_text(result: dict[str, Any]) -> str:
         lines.append(model["name"])
         for version in model["versions"]:
             also = ", ".join(names_of.get(version["tag"], []))
-            measured = ", ".join(f"{k} {v:.4g}" for k, v in sorted(version["metrics"].items())[:3])
+            own = {k: v for k, v in sorted(version["metrics"].items()) if "." not in k}
+            measured = ", ".join(f"{k} {v:.4g}" for k, v in list(own.items())[:_LISTED_METRICS])
             row = f"  {version['tag']:<10} {version['created'][:10]}  {also:<16} {measured}"
             lines.append(row.rstrip())
     return "\n".join(lines)

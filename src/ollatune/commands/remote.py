@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ollatune.config.schema import Config
+from ollatune.ollama.answers import Progress
 from ollatune.ollama.names import ModelName
 from ollatune.ollama.store import store_roots
 from ollatune.ollama.stored import StoredModel
@@ -27,7 +28,7 @@ def remote_finder(config: Config) -> Callable[[ModelName], StoredModel]:
 
 
 class PullBars:
-    """One tqdm bar per layer of a pull, on stderr."""
+    """One tqdm bar per blob that is pulled, uploaded or pushed, on stderr; it ends with its blob."""
 
     def __init__(self) -> None:
         self._bars: dict[str, Any] = {}
@@ -39,15 +40,20 @@ class PullBars:
         for bar in self._bars.values():
             bar.close()
 
-    def update(self, event: Any) -> None:
+    def update(self, event: Progress) -> None:
         """Show one progress event of the client."""
-        digest, total = getattr(event, "digest", ""), getattr(event, "total", 0)
-        if not digest or not total:
+        if not event.digest or not event.total:
             return
-        if digest not in self._bars:
+        if event.digest not in self._bars:
             from tqdm import tqdm
 
-            short = digest.removeprefix("sha256:")[:12]
-            self._bars[digest] = tqdm(total=total, unit="B", unit_scale=True, desc=short)
-        bar = self._bars[digest]
-        bar.update(max(0, event.completed - bar.n))
+            doing = event.status.partition(" ")[0]
+            short = event.digest.removeprefix("sha256:")[:12]
+            self._bars[event.digest] = tqdm(
+                total=event.total, unit="B", unit_scale=True, desc=f"{doing} {short}"
+            )
+        bar = self._bars[event.digest]
+        if bar.n < event.total:
+            bar.update(max(0, event.completed - bar.n))
+            if bar.n >= event.total:
+                bar.close()  # so that what is said next begins on a line of its own

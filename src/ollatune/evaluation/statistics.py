@@ -57,7 +57,9 @@ def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
         share * (1 - share) / num_trials + z_squared / (4 * num_trials**2)
     )
     scale = 1 + z_squared / num_trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low = 0.0 if num_successes == 0 else (centre - spread) / scale
+    high = 1.0 if num_successes == num_trials else (centre + spread) / scale
+    return max(0.0, low), min(1.0, high)
 
 
 def paired_permutation_p(

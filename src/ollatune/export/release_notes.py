@@ -11,6 +11,7 @@ from ollatune.base.text import format_bytes
 _CELL_CHARACTERS = 80
 _DIGEST_CHARACTERS = 12
 _ABSENT = "–"
+_INTERVAL_ENDS = (".low", ".high")
 _DATA_KEYS = ("forms", "splits", "num_duplicates", "num_rejected")
 """What of the data report of a run stands in release notes."""
 
@@ -94,7 +95,7 @@ def _counts(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _metrics(now: Mapping[str, float], parent: Mapping[str, Any] | None) -> list[str]:
     before: Mapping[str, float] = {} if parent is None else parent["metrics"]
-    names = sorted({*now, *before})
+    names = sorted(name for name in {*now, *before} if not name.endswith(_INTERVAL_ENDS))
     if not names:
         return []
     if parent is None:
