@@ -132,6 +132,12 @@ def test_closing_frees_threads_and_says_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+def test_an_engine_that_was_never_asked_is_closed_all_the_same(tiny: TinyModel) -> None:
+    """Its thread would be waited for without an end: each try is a chance for that."""
+    for _ in range(5):
+        LlamaCppEngine(tiny.path, context=32, threads=1).close()
+
+
 def test_a_missing_extra_names_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, tiny: TinyModel
 ) -> None:

@@ -103,15 +103,24 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     samples = held_out_samples(run[1], options.data)
     texts = [sample.text for sample in samples if isinstance(sample, Document)]
     items = [] if len(texts) == len(samples) else evaluation_items(samples)
-    base_report, tuned_report = _answers(options, run, samples, is_asked=bool(items))
+    if not items and options.perplexity_records == 0:
+        raise UsageError(
+            "The held-out records are plain texts, whose perplexity alone can be measured, and that was switched off.",
+            hint="Leave out --perplexity 0.",
+        )
+    if items:
+        base_report, tuned_report = _answers(options, run, samples)
+    else:
+        base_report = ScoreReport(run[2].source.name, (), (), (), {})
+        tuned_report = ScoreReport(options.model or str(options.export), (), (), (), {})
     found = _likelihoods(options, run, items, texts, general)
     if found.base is not None and found.tuned is not None:
         base_report = with_likelihood(base_report, found.base)
         tuned_report = with_likelihood(tuned_report, found.tuned)
     elif not items:
         raise UsageError(
-            "The held-out records are plain texts, whose perplexity alone can be measured, and that was switched off.",
-            hint="Leave out --perplexity 0.",
+            "The held-out records are plain texts, whose perplexity alone can be measured; here it cannot be.",
+            hint="pip install 'ollatune[engine]', and name the export's folder with --export.",
         )
     comparison = compare_scores(base_report, tuned_report)
     result = _result(comparison, found)
@@ -119,9 +128,8 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     try:
         require(requirements, result["values"])
     except VerificationError:
-        get_logger("evaluation").info(
-            "%s", result["text"]
-        )  # what was measured is worth seeing then, too
+        # What was measured is worth seeing then, too.
+        get_logger("evaluation").info("%s", result["text"])
         raise
     return result
 
@@ -148,9 +156,9 @@ def _result(comparison: ScoreComparison, found: _Likelihoods) -> dict[str, Any]:
 
 
 def _answers(
-    options: EvaluateOptions, run: Any, samples: Sequence[Sample], *, is_asked: bool
+    options: EvaluateOptions, run: Any, samples: Sequence[Sample]
 ) -> tuple[ScoreReport, ScoreReport]:
-    """The answers of base and tuned model; without questions two reports that only hold names."""
+    """What the base and the tuned model answer, and what it is worth."""
     _, config, base = run
     with ExitStack() as stack:
         if options.model is not None:
@@ -170,8 +178,6 @@ def _answers(
                 LlamaCppEngine(base.source.path, context=context, parallel=_PARALLEL)
             )
             tuned_served, base_served = local, _as_base(local, base_engine)
-        if not is_asked:
-            return _unasked(base_served), _unasked(tuned_served)
         tuned = score_served(tuned_served, samples, options.metrics, max_tokens=options.max_tokens)
         before = score_served(base_served, samples, options.metrics, max_tokens=options.max_tokens)
     return before, tuned
@@ -180,10 +186,6 @@ def _answers(
 def _as_base(tuned: LlamaCppServed, engine: LlamaCppEngine) -> LlamaCppServed:
     """The base behind the template, stops and system message of the tuned model."""
     return LlamaCppServed(engine, tuned.template, stops=tuned.stops, system=tuned.system)
-
-
-def _unasked(served: ServedModel) -> ScoreReport:
-    return ScoreReport(served.description, (), (), (), {})
 
 
 def _likelihoods(

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from ollatune.base.errors import InputError, ServiceError, UsageError
+from ollatune.base.errors import InputError, OllatuneError, ServiceError, UsageError
 from ollatune.base.text import printable
 
 Prompt = str | Sequence[int]
@@ -109,6 +109,7 @@ class LlamaCppEngine:
         address = urlsplit(self._server.listening_address)
         self._address = (address.hostname or "127.0.0.1", address.port or 0)
         self._num_tokens: int | None = None
+        self._has_computed = False
 
     @property
     def description(self) -> str:
@@ -191,7 +192,14 @@ class LlamaCppEngine:
         return [self._generation(row) for row in sorted(rows, key=lambda row: int(row["index"]))]
 
     def close(self) -> None:
-        """Stop the server and its threads and free the model. Calling it again does nothing."""
+        """Stop the server and its threads and free the model. Calling it again does nothing.
+
+        A server whose loop has not begun yet never hears that it should end, and the wait for its thread has no end
+        then: one that was never asked anything is asked for a token first.
+        """
+        if self._server is not None and not self._has_computed:
+            with contextlib.suppress(OllatuneError, OSError, ValueError):
+                self._complete([0])
         self._server = None
 
     def __enter__(self) -> LlamaCppEngine:
@@ -278,7 +286,9 @@ class LlamaCppEngine:
             "n_probs": num_alternatives,
             "cache_prompt": keeps_cache,
         }
-        return self._call("POST", "/completion", body | fields)
+        answer = self._call("POST", "/completion", body | fields)
+        self._has_computed = True
+        return answer
 
     def _call(self, method: str, route: str, body: Any = None) -> Any:
         if self._server is None:
