@@ -1,7 +1,15 @@
-"""Data: reading and validating, tokenising into the cache, memory, packing - and the same with `datasets` if installed.
+"""Data: reading and validating, tokenising into the memory-mapped cache, memory - and `datasets.map` beside it.
 
-python benchmarks/data.py --json                     # 100 MB of generated JSON Lines
-python benchmarks/data.py --size-mb 5000 --json      # larger than memory should matter
+    python benchmarks/data.py --json                                 # 0.1 GB of generated JSON Lines
+    python benchmarks/data.py --gigabytes 5 --workers 1 --json       # larger than memory should matter
+    python benchmarks/data.py --only reading --json                  # seconds; for a quiet machine
+
+Generates the data in a temporary folder (`--folder` says where; about 2.5 times the size is needed) and removes it.
+Every step runs in a process of its own; this one only watches. Memory is that of the step's whole tree of processes,
+sampled five times a second: `peak_rss_mb` adds up their resident pages, shared ones several times; `peak_pss_mb`
+counts a page that k of them share as 1/k in each (Linux, `smaps_rollup`). `datasets.map` is measured where `datasets`
+can be imported, with the same tokenizer (the base's, exported for `transformers`) and the same number of processes,
+alternating with ours.
 """
 
 from __future__ import annotations
@@ -11,272 +19,147 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
 import psutil
 
-from ollatune.config.schema import DataConfig
-from ollatune.data.cache import load_cached
-from ollatune.data.order import SampleOrder
-from ollatune.data.records import RecordReader
-from ollatune.data.sources import iter_records
-from ollatune.modeling.base import resolve_base
-from ollatune.modeling.opened import renderer_parts
+from data_generate import generate
 
-MAX_LENGTH = 2048
-WORDS_PER_RECORD = 110  # the median; lengths are log-normal, as those of instruction data are
+STEPS = Path(__file__).resolve().with_name("data_steps.py")
+SAMPLE_SECONDS = 0.2
+READ_MB = 100
 
 
-def generate(path: Path, size_bytes: int, seed: int = 0) -> int:
-    """Write instruction records of about `size_bytes` in all; returns how many."""
-    rng = np.random.default_rng(seed)
-    syllables = [
-        "ta",
-        "ri",
-        "mo",
-        "len",
-        "ver",
-        "sha",
-        "ing",
-        "pro",
-        "con",
-        "er",
-        "ma",
-        "tion",
-        "s",
-    ]
-    words = ["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(20_000)]
-    ranks = rng.zipf(1.3, 1 << 20) % len(words)
-    written = count = 0
-    with path.open("w") as stream:
-        while written < size_bytes:
-            length = int(np.clip(rng.lognormal(np.log(WORDS_PER_RECORD), 0.8), 6, 3000))
-            at = int(rng.integers(0, len(ranks) - length))
-            text = [words[rank] for rank in ranks[at : at + length]]
-            cut, end = length // 8, length // 2
-            record = {
-                "instruction": f"{count}: " + " ".join(text[:cut]),
-                "context": " ".join(text[cut:end]),
-                "response": " ".join(text[end:]) + ".",
-            }
-            written += stream.write(json.dumps(record) + "\n")
-            count += 1
-    return count
+def tree_memory(root: psutil.Process) -> tuple[int, int]:
+    """(RSS, PSS) in bytes of a process and all its descendants; PSS is 0 where the system does not tell."""
+    rss = pss = 0
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            rss += process.memory_info().rss
+            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            pss += next(int(line.split()[1]) for line in rollup.splitlines() if line[:4] == "Pss:")
+        except (psutil.Error, OSError, StopIteration):
+            continue
+    return rss, pss << 10
 
 
-class PeakMemory:
-    """Samples the resident memory of this process and its children together."""
-
-    def __init__(self) -> None:
-        self.peak_bytes = 0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        me = psutil.Process()
-        while not self._stopped.wait(0.1):
-            total = 0
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    # Pages of the mapped cache can be dropped at any time: they are the system's, not ours.
-                    info = process.memory_info()
-                    total += info.rss - getattr(info, "shared", 0)
-                except psutil.Error:
-                    continue
-            self.peak_bytes = max(self.peak_bytes, total)
+def run_step(step: str, **arguments: Any) -> dict[str, Any]:
+    """Run one step of data_steps.py and watch the memory of its processes."""
+    command = [sys.executable, str(STEPS), step, json.dumps(arguments, default=str)]
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output)
+        root, peak_rss, peak_pss = psutil.Process(process.pid), 0, 0
+        while process.poll() is None:
+            try:
+                rss, pss = tree_memory(root)
+            except psutil.Error:
+                break
+            peak_rss, peak_pss = max(peak_rss, rss), max(peak_pss, pss)
+            time.sleep(SAMPLE_SECONDS)
+        if process.wait():
+            raise SystemExit(f"the step {step} ended with exit code {process.returncode}")
+        output.seek(0)
+        result: dict[str, Any] = json.loads(output.read().decode().splitlines()[-1])
+    memory = {"peak_rss_mb": round(peak_rss / 1e6)}
+    if peak_pss:
+        memory["peak_pss_mb"] = round(peak_pss / 1e6)
+    return {**result, **memory} if result else result
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = action()
-    return time.perf_counter() - started, result
+def report(name: str, value: Any) -> None:
+    print(f"{name}: {json.dumps(value)}", file=sys.stderr, flush=True)
 
 
-def rates(seconds: float, num_rows: int, num_bytes: int) -> dict[str, float]:
-    return {
-        "seconds": round(seconds, 2),
-        "rows_per_second": round(num_rows / seconds),
-        "mb_per_second": round(num_bytes / 1e6 / seconds, 1),
-    }
-
-
-def read_and_validate(path: Path) -> int:
-    reader = RecordReader()
-    return sum(1 for record in iter_records(path) if reader(record))
-
-
-def measure_cache(path: Path, folder: Path, workers: int) -> dict[str, Any]:
-    source = resolve_base("embedded:smollm2-135m")
-    tokenizer, template = renderer_parts(source)
-
-    def build() -> Any:
-        return load_cached(
-            DataConfig(), tokenizer, template, make_parts=partial(renderer_parts, source),
-            cache_folder=folder, max_length=MAX_LENGTH, path=path, num_workers=workers,
-        )  # fmt: skip
-
-    with PeakMemory() as memory:
-        seconds, splits = timed(build)
-    again, _ = timed(build)
-    num_tokens = sum(split.num_tokens for split in splits.report.splits.values())
-    num_rows = sum(split.num_records for split in splits.report.splits.values())
-    order = SampleOrder(len(splits.train), seed=0)
-    picked = order.samples(0, 2000)
-    access, _ = timed(lambda: [splits.train[int(i)] for i in picked])
-    return {
-        **rates(seconds, num_rows, path.stat().st_size),
-        "tokens_per_second": round(num_tokens / seconds),
-        "workers": workers,
-        "peak_memory_mb": round(memory.peak_bytes / 1e6),
-        "reopen_seconds": round(again, 2),
-        "random_examples_per_second": round(len(picked) / access),
-        **measure_batches(splits.train),
-    }
-
-
-def measure_batches(examples: Any) -> dict[str, float]:
-    """Share of positions that are padding, and how full rows of a fixed token budget get."""
-    # Not above: worker processes import this file again, and this brings torch.
-    from ollatune.data.loader import BatchLoader, LoaderSettings
-
-    def padding(group_size: int) -> float:
-        order = SampleOrder(len(examples), seed=0, lengths=examples.lengths, group_size=group_size)
-        settings = LoaderSettings(batch_size=8, is_packed=False)
-        ids = [
-            step.sample_ids for step in BatchLoader(examples, order, settings).steps(num_epochs=1)
-        ]
-        real = sum(int(examples.lengths[i].sum()) for i in ids)
-        padded = sum(len(i) * int(examples.lengths[i].max()) for i in ids)
-        return 1 - real / padded
-
-    order = SampleOrder(len(examples), seed=0)
-    budget = LoaderSettings(batch_size=1, accumulation_steps=8, token_budget=2 * MAX_LENGTH)
-    steps = list(BatchLoader(examples, order, budget).steps(num_epochs=1))[:-1]
-    filled = sum(step.num_tokens for step in steps)
-    found = {
-        "padding_random_batches_of_8": round(padding(0), 4),
-        "padding_length_groups_of_8": round(padding(8), 4),
-    }
-    if steps:
-        found["packing_efficiency"] = round(filled / (len(steps) * 8 * 2 * MAX_LENGTH), 4)
+def measure_reading(folder: Path, rounds: int) -> dict[str, Any]:
+    """Rows of about 250 bytes and of about 1 kB; the median of `rounds` readings each."""
+    found = {}
+    for name, words in (("rows_of_250_bytes", 32), ("rows_of_1_kb", 150)):
+        path = folder / f"{name}.jsonl"
+        generate(path, READ_MB * 1_000_000, words=words, sigma=0.05)
+        results = [run_step("read", path=path) for _ in range(rounds)]
+        found[name] = sorted(results, key=lambda r: r["mb_per_second"])[len(results) // 2]
+        path.unlink()
+        report(name, found[name])
     return found
 
 
-def measure_datasets(path: Path, workers: int) -> dict[str, Any] | None:
-    """The same rendering and tokenising through `datasets.map`; None where it is not installed."""
-    try:
-        import datasets
-    except ImportError:
-        return None
-    datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory(dir=path.parent) as cache, PeakMemory() as memory:
-        read, loaded = timed(
-            lambda: datasets.load_dataset(
-                "json", data_files=str(path), cache_dir=cache, split="train"
-            )
-        )
-        source = resolve_base("embedded:smollm2-135m")
-        seconds, _ = timed(
-            lambda: loaded.map(
-                _DatasetsRow(source), num_proc=workers, remove_columns=loaded.column_names
-            )
-        )
-    return {
-        **rates(read + seconds, len(loaded), path.stat().st_size),
-        "read": rates(read, len(loaded), path.stat().st_size),
-        "peak_memory_mb": round(memory.peak_bytes / 1e6),
-        "version": datasets.__version__,
-    }
-
-
-class _DatasetsRow:
-    """What a user of `datasets` would write: template, tokenizer, mask."""
-
-    def __init__(self, source: Any) -> None:
-        self.source = source
-        self.parts: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "parts": None}
-
-    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
-        from ollatune.templates.messages import Message
-
-        if self.parts is None:
-            self.parts = renderer_parts(self.source)
-        tokenizer, template = self.parts
-        question = "\n\n".join(part for part in (row["instruction"], row["context"]) if part)
-        messages = [Message("user", question), Message("assistant", row["response"])]
-        segments = template.render_training(messages)
-        ids: list[int] = []
-        mask: list[bool] = []
-        for segment, found in zip(
-            segments, tokenizer.encode_segments([s.text for s in segments]), strict=True
-        ):
-            ids += found
-            mask += [segment.is_target] * len(found)
-        return {"input_ids": ids[:MAX_LENGTH], "mask": mask[:MAX_LENGTH]}
-
-
-def measure(size_mb: int, workers: int, folder: Path) -> Iterator[tuple[str, Any]]:
+def measure_cache(folder: Path, gigabytes: float, workers: int) -> dict[str, Any]:
     path = folder / "data.jsonl"
-    num_rows = generate(path, size_mb * 1_000_000)
-    num_bytes = path.stat().st_size
-    yield "data", {"rows": num_rows, "mb": round(num_bytes / 1e6)}
-    seconds, count = timed(lambda: read_and_validate(path))
-    assert count == num_rows
-    yield "read_and_validate", rates(seconds, num_rows, num_bytes)
-    ours = measure_cache(path, folder / "cache", workers)
-    yield "tokenise_and_cache", ours
-    theirs = measure_datasets(path, workers)
-    yield "datasets", theirs
-    if theirs:
-        yield "speed_against_datasets", round(theirs["seconds"] / ours["seconds"], 2)
-    order = SampleOrder(10_000_000, seed=0)
-    yield (
-        "resume_at_99_percent_of_10m_seconds",
-        round(timed(lambda: order.samples(9_900_000, 64))[0], 4),
+    rows = generate(path, int(gigabytes * 1e9))
+    report("data", {"rows": rows, "mb": round(path.stat().st_size / 1e6)})
+    result = run_step("cache", path=path, cache=folder / "cache", workers=workers)
+    result["cache_mb"] = round(
+        sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file()) / 1e6
     )
+    report("tokenise_and_cache", result)
+    result["reopened"] = run_step("cache", path=path, cache=folder / "cache", workers=workers)
+    shutil.rmtree(folder / "cache")
+    path.unlink()
+    return result
+
+
+def compare(folder: Path, gigabytes: float, workers: int, rounds: int) -> dict[str, Any] | None:
+    """Ours and `datasets.map`, alternating; None where `datasets` cannot be imported."""
+    path = folder / "compared.jsonl"
+    generate(path, int(gigabytes * 1e9), seed=1)
+    ours, theirs = [], []
+    for number in range(rounds):
+        caches = [folder / f"{name}-{number}" for name in ("ours", "theirs")]
+        ours.append(run_step("cache", path=path, cache=caches[0], workers=workers))
+        theirs.append(run_step("datasets", path=path, cache=caches[1], workers=workers))
+        for cache in caches:
+            shutil.rmtree(cache, ignore_errors=True)
+        if not theirs[-1]:
+            return None
+        report("compared", {"ours": ours[-1], "datasets": theirs[-1]})
+    seconds = [[result["seconds"] for result in results] for results in (ours, theirs)]
+    return {
+        "mb": round(path.stat().st_size / 1e6),
+        "ours": ours,
+        "datasets": theirs,
+        "times_as_fast": round(median(seconds[1]) / median(seconds[0]), 2),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size-mb", type=int, default=100)
+    parser.add_argument("--gigabytes", type=float, default=0.1, help="size of the generated data")
+    parser.add_argument("--compare-gigabytes", type=float, default=0.1)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--folder", type=Path, help="where the generated data goes; removed at the end"
-    )
+    parser.add_argument("--rounds", type=int, default=3, help="of reading and of comparing")
+    parser.add_argument("--only", choices=("reading", "cache", "compare"))
+    parser.add_argument("--folder", type=Path, help="where the data goes while this runs")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    options = parser.parse_args()
+    needed = 2.5e9 * max(options.gigabytes, options.compare_gigabytes)
+    folder = Path(tempfile.mkdtemp(prefix="ollatune-data-", dir=options.folder))
     result: dict[str, Any] = {
+        "date": date.today().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
+        "workers": options.workers,
     }
     try:
-        for name, value in measure(arguments.size_mb, arguments.workers, folder):
-            result[name] = value
-            print(f"{name}: {value}", file=sys.stderr)
+        if (free := shutil.disk_usage(folder).free) < needed:
+            raise SystemExit(f"{folder}: {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB needed")
+        if options.only in (None, "reading"):
+            result["reading"] = measure_reading(folder, options.rounds)
+        if options.only in (None, "cache"):
+            result["cache"] = measure_cache(folder, options.gigabytes, options.workers)
+        if options.only in (None, "compare"):
+            result["compare"] = compare(
+                folder, options.compare_gigabytes, options.workers, options.rounds
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps(result))
+    print(json.dumps(result) if options.json else json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

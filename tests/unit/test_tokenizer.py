@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from ollatune.base.errors import InputError
 from ollatune.base.log import get_logger
-from ollatune.gguf.ascii_words import AsciiWords
+from ollatune.gguf.ascii_words import AsciiWords, independent_pieces
 from ollatune.gguf.byte_level import (
     BYTE_CHARACTERS,
     ByteLevelEncoder,
@@ -177,10 +177,63 @@ def test_ascii_words_are_those_of_the_librarys_pipeline(pre: str) -> None:
     check()
 
 
+_WORDS_BEYOND_ASCII = [
+    "naïve",
+    "Straße",
+    "слово",
+    "Ёж",
+    "λόγος",
+    "你好",
+    "①②",
+    "٣",
+    "🚀",
+    "’s",
+    "—",
+    "\xa0",
+    "\u3000",
+    "é",
+]
+
+
+@pytest.mark.parametrize("pre", sorted(_DISTINCT.values()))
+def test_words_of_independent_pieces_are_those_of_the_whole(pre: str) -> None:
+    pipeline = pre_tokenizer_pipeline(PRE_TOKENIZERS[pre])
+    parts = st.sampled_from(
+        [
+            *_WORDS_BEYOND_ASCII,
+            " ",
+            " ",
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "a",
+            "Z",
+            "'ll",
+            "9",
+            "12",
+            "-",
+            "\x1c",
+        ]
+    )
+
+    @settings(max_examples=150, deadline=None)
+    @given(text=st.lists(parts, max_size=14).map("".join) | st.text(max_size=12))
+    def check(text: str) -> None:
+        def words(piece: str) -> list[str]:
+            return [word for word, _ in pipeline.pre_tokenize_str(piece)]
+
+        pieces = independent_pieces(text)
+        assert "".join(pieces) == text
+        assert [word for piece in pieces for word in words(piece)] == words(text)
+
+    check()
+
+
 def test_known_words_give_the_pipelines_ids_however_often_the_table_is_emptied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ollatune.gguf.byte_level._MAX_KNOWN_WORDS", 5)
+    monkeypatch.setattr("ollatune.gguf.byte_level._MAX_KNOWN_TEXTS", 5)
     merges = ["Ġ t", "h e", "Ġt he", "a n", "an d", "Ġ and", "Ċ Ċ", "1 2"]
     for pre in ("gpt-2", "llama-bpe", "smollm"):
         encoder = ByteLevelEncoder(read_vocabulary(bpe_metadata(merges, pre=pre)))
@@ -188,7 +241,7 @@ def test_known_words_give_the_pipelines_ids_however_often_the_table_is_emptied(
         rng = random.Random(pre)
         for _ in range(50):
             text = "".join(
-                rng.choices(["the", " and", "\n\n", "12", " ", "x" * 70, "'s", "é"], k=12)
+                rng.choices(["the", " and", "\n\n", "12", " ", "x" * 70, "'s", "é", " à"], k=12)
             )
             for piece in (text, text.replace("é", "")):
                 expected = library.encode(piece, add_special_tokens=False).ids

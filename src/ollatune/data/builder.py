@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ class StoreBuilder:
 
 
 def stored_arrays(
-    tokens: npt.NDArray[np.uint32], columns: dict[str, npt.NDArray[np.generic]]
+    tokens: npt.NDArray[np.uint32] | Path, columns: dict[str, npt.NDArray[np.generic]]
 ) -> StoredArrays:
     """Arrays of a store from tokens and the columns of a builder."""
     offsets = np.concatenate([[0], np.cumsum(columns["lengths"], dtype=np.int64)]).astype(np.int64)

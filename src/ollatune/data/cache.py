@@ -95,7 +95,7 @@ def load_cached(
     renderer = make_renderer(job, tokenizer, template)
     manifests = build_chunks(job, renderer, chunks, num_workers, progress)
     _refuse_empty_files(chunks, manifests)
-    store = TokenStore([open_chunk(job.folder, n) for n in range(len(chunks))])
+    store = TokenStore(open_chunk(job.folder, n) for n in range(len(chunks)))
     rejections = Rejections(skip_bad=config.skip_bad)
     rendering = RenderCounts()
     for manifest in manifests:

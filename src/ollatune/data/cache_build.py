@@ -218,10 +218,8 @@ def _read_manifest(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 def open_chunk(folder: Path, number: int) -> StoredArrays:
-    """A finished piece, its tokens mapped from disk."""
+    """A finished piece; its tokens stay on disk."""
     tokens_path, columns_path, _ = _chunk_paths(folder, number)
     with np.load(columns_path, allow_pickle=False) as archive:
         columns = {name: archive[name] for name in archive.files}
-    if tokens_path.stat().st_size == 0:
-        return stored_arrays(np.zeros(0, np.uint32), columns)
-    return stored_arrays(np.memmap(tokens_path, np.uint32, mode="r"), columns)
+    return stored_arrays(tokens_path, columns)

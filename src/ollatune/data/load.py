@@ -255,11 +255,11 @@ def make_order(
 ) -> SampleOrder:
     """The training order that the configuration asks for. `group_size` is the micro-batch size for length groups."""
     sizes = [int((examples.source_ids == s).sum()) for s in range(len(sources))]
-    difficulty = {
-        "none": None,
-        "length": examples.lengths.astype(np.float64),
-        "score": examples.scores,
-    }[config.curriculum]
+    difficulty: npt.NDArray[np.floating] | None = None
+    if config.curriculum == "length":
+        difficulty = examples.lengths.astype(np.float64)
+    elif config.curriculum == "score":
+        difficulty = examples.scores
     return SampleOrder(
         len(examples),
         seed=seed,

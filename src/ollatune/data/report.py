@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ollatune.data.rejects import Rejections
 from ollatune.data.sources import Split
-from ollatune.data.split import Leakage, Rows, find_leakage, first_of_each
+from ollatune.data.split import Leakage, Rows, find_leakage, num_distinct
 from ollatune.data.store import TokenStore
 
 _MANY_DUPLICATES = 0.5
@@ -106,7 +106,7 @@ def make_report(
         name: split_statistics(store, rows) for name, rows in splits.items() if len(rows)
     }
     digests = store.digests[store.is_record_start]
-    num_duplicates = len(digests) - len(first_of_each(digests))
+    num_duplicates = len(digests) - num_distinct(digests)
     leakage = find_leakage(splits, store.digests, store.prompt_digests)
     report = DataReport(
         dict(forms), statistics, rendering, num_duplicates, len(rejections.errors), leakage

@@ -55,15 +55,24 @@ def _carve(
     rows: Rows, digests: npt.NDArray[np.uint64], wanted: int, seed: int
 ) -> tuple[Rows, Rows]:
     """About `wanted` rows (at least one, never all), whole groups of duplicates at a time, and the others."""
-    unique, group_of, sizes = np.unique(digests[rows], return_inverse=True, return_counts=True)
-    if len(unique) < 2:
+    hashed = mix(
+        digests[rows] ^ make_key(seed, 4)
+    )  # equal where the digests are, in no order otherwise
+    largest = hashed.max(initial=0)
+    if not len(hashed) or hashed.min() == largest:
         return rows[:0], rows
-    order = np.argsort(mix(unique ^ make_key(seed, 4)), kind="stable")
-    num_groups = int(np.searchsorted(np.cumsum(sizes[order]), max(1, wanted), side="left")) + 1
-    chosen = np.zeros(len(unique), np.bool_)
-    chosen[order[: min(num_groups, len(unique) - 1)]] = True
-    is_taken = chosen[group_of]
+    place = min(max(1, wanted), len(hashed)) - 1
+    last_taken = np.partition(hashed, place)[place]
+    if last_taken == largest:
+        last_taken = hashed[hashed < largest].max()
+    is_taken = hashed <= last_taken
     return rows[is_taken], rows[~is_taken]
+
+
+def num_distinct(digests: npt.NDArray[np.uint64]) -> int:
+    """How many different values there are."""
+    ordered = np.sort(digests)
+    return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + min(1, len(ordered))
 
 
 def first_of_each(digests: npt.NDArray[np.uint64]) -> Rows:
@@ -87,14 +96,26 @@ def find_leakage(
     prompt_digests: npt.NDArray[np.uint64],
 ) -> list[Leakage]:
     """What validation and test share with the training rows."""
-    train = splits["train"]
-    return [
-        Leakage(
-            split,
-            len(rows),
-            int(np.isin(digests[rows], digests[train]).sum()),
-            int(np.isin(prompt_digests[rows], prompt_digests[train]).sum()),
-        )
-        for split, rows in splits.items()
-        if split != "train" and len(rows)
+    found = [(split, rows) for split, rows in splits.items() if split != "train" and len(rows)]
+    if not found:
+        return []
+    counts = [
+        _num_shared(known, [known[rows] for _, rows in found], splits["train"])
+        for known in (digests, prompt_digests)
     ]
+    return [
+        Leakage(split, len(rows), same_record, same_prompt)
+        for (split, rows), same_record, same_prompt in zip(found, *counts, strict=True)
+    ]
+
+
+def _num_shared(
+    digests: npt.NDArray[np.uint64], others: list[npt.NDArray[np.uint64]], train: Rows
+) -> list[int]:
+    """For each of `others`, how many of its values the training rows have too."""
+    ordered = np.sort(digests[train])
+    counts = []
+    for values in others:
+        places = np.minimum(np.searchsorted(ordered, values), max(0, len(ordered) - 1))
+        counts.append(int(np.count_nonzero(ordered[places] == values)) if len(ordered) else 0)
+    return counts

@@ -5,8 +5,11 @@ A token is stored as 32 bits: the id, and in the highest bit whether it is a tar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,9 +56,9 @@ def unpack_tokens(packed: npt.NDArray[np.uint32]) -> Example:
 
 @dataclass(frozen=True)
 class StoredArrays:
-    """What is known of n samples. Token arrays may be memory maps; the per-sample columns are read eagerly."""
+    """What is known of n samples. Tokens may be a file of them, which is mapped when they are asked for."""
 
-    tokens: npt.NDArray[np.uint32]
+    tokens: npt.NDArray[np.uint32] | Path
     offsets: npt.NDArray[np.int64]  # [n + 1]
     num_targets: npt.NDArray[np.int64]  # [n] target tokens, a document's first token included
     digests: npt.NDArray[np.uint64]  # [n] equal for exact duplicates
@@ -68,61 +71,100 @@ class StoredArrays:
     ]  # [n] number of the record in its shard; its examples follow one another
 
 
+_COLUMN_TYPES: dict[str, npt.DTypeLike] = {
+    "num_targets": np.int32,
+    "digests": np.uint64,
+    "prompt_digests": np.uint64,
+    "source_ids": np.int32,
+    "scores": np.float64,
+    "splits": np.int8,
+    "ordinals": np.int32,
+}
+"""As narrow as they can be: there is one value of each per example in memory, however large the data."""
+
+_MAX_OPEN_MAPS = 128  # each holds a file descriptor, of which a process has 256 (macOS) or 1024
+
+
 class TokenStore:
     """n tokenised samples in one or more shards, by index."""
 
-    def __init__(self, shards: Sequence[StoredArrays]) -> None:
-        self._shards = list(shards)
-        counts = [len(shard.offsets) - 1 for shard in shards]
+    def __init__(self, shards: Iterable[StoredArrays]) -> None:
+        self._tokens: list[npt.NDArray[np.uint32] | Path] = []
+        counts: list[int] = []
+        parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _COLUMN_TYPES}
+        lengths, starts = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
+        for shard in shards:
+            self._tokens.append(shard.tokens)
+            counts.append(len(shard.offsets) - 1)
+            lengths.append(np.diff(shard.offsets).astype(np.int32))
+            starts.append(np.diff(shard.ordinals, prepend=-1) != 0)
+            for name, dtype in _COLUMN_TYPES.items():
+                column = getattr(shard, name)
+                if name == "scores" and not column.any():
+                    column = np.broadcast_to(np.zeros(1), column.shape)
+                parts[name].append(column.astype(dtype, copy=False))
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
-        def column(name: str, dtype: npt.DTypeLike) -> Any:
-            parts = [getattr(shard, name) for shard in shards]
-            return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+        def column_of(name: str) -> Any:
+            found = parts.pop(name)
+            if name == "scores" and not any(part.any() for part in found):
+                return np.broadcast_to(np.zeros(1), int(self._starts[-1]))
+            return np.concatenate(found) if found else np.zeros(0, _COLUMN_TYPES[name])
 
-        self.num_targets: npt.NDArray[np.int64] = column("num_targets", np.int64)
-        self.digests: npt.NDArray[np.uint64] = column("digests", np.uint64)
-        self.prompt_digests: npt.NDArray[np.uint64] = column("prompt_digests", np.uint64)
-        self.source_ids: npt.NDArray[np.int64] = column("source_ids", np.int64)
-        self.scores: npt.NDArray[np.float64] = column("scores", np.float64)
-        self.splits: npt.NDArray[np.int64] = column("splits", np.int64)
-        self.is_record_start: npt.NDArray[np.bool_] = np.concatenate(
-            [np.diff(shard.ordinals, prepend=-1) != 0 for shard in shards]
-            or [np.zeros(0, np.bool_)]
-        )
-        lengths = [np.diff(shard.offsets) for shard in shards]
-        self.lengths: npt.NDArray[np.int64] = (
-            np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
-        )
+        self.num_targets: npt.NDArray[np.int32] = column_of("num_targets")
+        self.digests: npt.NDArray[np.uint64] = column_of("digests")
+        self.prompt_digests: npt.NDArray[np.uint64] = column_of("prompt_digests")
+        self.source_ids: npt.NDArray[np.int32] = column_of("source_ids")
+        self.scores: npt.NDArray[np.float64] = column_of("scores")
+        self.splits: npt.NDArray[np.int8] = column_of("splits")
+        self._ordinals: npt.NDArray[np.int32] = column_of("ordinals")
+        self.is_record_start: npt.NDArray[np.bool_] = np.concatenate(starts)
+        self.lengths: npt.NDArray[np.int32] = np.concatenate(lengths)
+        self._offsets = np.zeros(len(self.lengths) + 1, np.int64)
+        np.cumsum(self.lengths, out=self._offsets[1:])
+        self._map = functools.lru_cache(maxsize=_MAX_OPEN_MAPS)(_map_tokens)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
     def place(self, index: int) -> tuple[int, int]:
         """(shard, ordinal of the record in it) of one example."""
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return shard, int(self._shards[shard].ordinals[index - int(self._starts[shard])])
+        return self._shard_of(index), int(self._ordinals[index])
 
     def packed(self, index: int) -> npt.NDArray[np.uint32]:
         """Stored tokens [T] of one sample."""
-        shard_number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard = self._shards[shard_number]
-        row = index - int(self._starts[shard_number])
-        return shard.tokens[shard.offsets[row] : shard.offsets[row + 1]]
+        shard = self._shard_of(index)
+        tokens = self._tokens[shard]
+        if isinstance(tokens, Path):
+            tokens = self._map(tokens)
+        before = self._offsets[self._starts[shard]]
+        return tokens[self._offsets[index] - before : self._offsets[index + 1] - before]
 
     def __getitem__(self, index: int) -> Example:
         return unpack_tokens(self.packed(index))
+
+
+def _map_tokens(path: Path) -> npt.NDArray[np.uint32]:
+    if path.stat().st_size == 0:
+        return np.zeros(0, np.uint32)  # nothing can be mapped
+    return np.memmap(path, np.uint32, mode="r")
+
+
+Counts = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 class ExampleSource(Protocol):
     """What batches are made of: examples by index, with the facts that ordering needs known beforehand."""
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64]: ...
+    def lengths(self) -> Counts: ...
     @property
-    def num_targets(self) -> npt.NDArray[np.int64]: ...
+    def num_targets(self) -> Counts: ...
     @property
-    def source_ids(self) -> npt.NDArray[np.int64]: ...
+    def source_ids(self) -> Counts: ...
     @property
     def scores(self) -> npt.NDArray[np.float64]: ...
     def __len__(self) -> int: ...
@@ -138,7 +180,11 @@ class ExampleSet:
         self.lengths = store.lengths[self.rows]
         self.num_targets = store.num_targets[self.rows]
         self.source_ids = store.source_ids[self.rows]
-        self.scores = store.scores[self.rows]
+
+    @cached_property
+    def scores(self) -> npt.NDArray[np.float64]:
+        """[n] what a curriculum by score sorts by."""
+        return self.store.scores[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ollatune.base.errors import InputError
-from ollatune.gguf.ascii_words import AsciiWords
+from ollatune.gguf.ascii_words import AsciiWords, independent_pieces
 from ollatune.gguf.pretokenizers import PreTokenizer
 from ollatune.gguf.vocabulary import Vocabulary
 
-_MAX_KNOWN_WORDS = 1 << 16  # about 15 MB
-_LONGEST_KNOWN_WORD = 64
+_MAX_KNOWN_TEXTS = 1 << 15  # about 8 MB
+_LONGEST_KNOWN_TEXT = 64
 
 
 def _byte_characters() -> list[str]:
@@ -57,6 +57,17 @@ def pre_tokenizer_pipeline(pre_tokenizer: PreTokenizer) -> pre_tokenizers.PreTok
     )
 
 
+class _Table(dict[str, list[int]]):
+    """Ids by text, emptied when it is full."""
+
+    def keep(self, text: str, ids: list[int]) -> list[int]:
+        if len(text) <= _LONGEST_KNOWN_TEXT:
+            if len(self) >= _MAX_KNOWN_TEXTS:
+                self.clear()
+            self[text] = ids
+        return ids
+
+
 class ByteLevelEncoder:
     """Turns plain text (no special tokens) into ids. Raises InputError where merges and tokens do not fit."""
 
@@ -85,38 +96,44 @@ class ByteLevelEncoder:
         self._tokenizer.pre_tokenizer = pre_tokenizer_pipeline(vocabulary.pre_tokenizer)
         self._model = model
         self._words = AsciiWords(vocabulary.pre_tokenizer.expressions)
-        self._known: dict[str, list[int]] = {}
+        self._known_words = _Table()
+        self._known_pieces = _Table()
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
+        return self._encode_ascii(text) if text.isascii() else self._encode_pieces(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        results = [self._encode_ascii(text) if text.isascii() else [] for text in texts]
-        others = [number for number, text in enumerate(texts) if not text.isascii()]
-        if others:
-            encodings = self._tokenizer.encode_batch_fast(
-                [texts[number] for number in others], add_special_tokens=False
-            )
-            for number, encoding in zip(others, encodings, strict=True):
-                results[number] = self._without_missing_bytes(encoding.ids)
-        return results
+        return [self.encode(text) for text in texts]
 
     def _encode_ascii(self, text: str) -> list[int]:
         """Word by word, most words from the table: equal to the pipeline, since no merge crosses a word's border."""
         ids: list[int] = []
-        known = self._known
+        known = self._known_words
         for word in self._words.split(text):
             ids += known[word] if word in known else self._encode_word(word)
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
         tokens = self._model.tokenize(word.translate(_CHARACTERS_BY_ASCII))
-        ids = self._without_missing_bytes([token.id for token in tokens])
-        if len(word) <= _LONGEST_KNOWN_WORD:
-            if len(self._known) >= _MAX_KNOWN_WORDS:
-                self._known = {}
-            self._known[word] = ids
-        return ids
+        return self._known_words.keep(
+            word, self._without_missing_bytes([token.id for token in tokens])
+        )
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        """Piece by piece, most pieces from the table, the others through the pipeline."""
+        pieces = independent_pieces(text)
+        found = {piece: self._known_pieces.get(piece) for piece in pieces}
+        others = []
+        for piece in [piece for piece, ids in found.items() if ids is None]:
+            if piece.isascii():
+                found[piece] = self._known_pieces.keep(piece, self._encode_ascii(piece))
+            else:
+                others.append(piece)
+        encodings = self._tokenizer.encode_batch_fast(others, add_special_tokens=False)
+        for piece, encoding in zip(others, encodings, strict=True):
+            ids = self._without_missing_bytes(list(encoding.ids))
+            found[piece] = self._known_pieces.keep(piece, ids)
+        return [i for piece in pieces for i in found[piece] or ()]
 
     def _without_missing_bytes(self, ids: list[int]) -> list[int]:
         return [i for i in ids if i < self._num_tokens] if self._has_missing_bytes else ids
