@@ -390,7 +390,14 @@ def preprocess(
     flags = _flags(model__base_model=model, data__skip_bad=skip_bad)
     result = run_preprocess(
         PreprocessOptions(
-            raw, output, config, tuple(assignments or ()), flags, model is not None, overwrite
+            raw,
+            output,
+            config,
+            tuple(assignments or ()),
+            flags,
+            model is not None,
+            overwrite,
+            show_progress=not as_json,
         )
     )
     _finish(result, as_json, preprocess_text)
@@ -426,7 +433,8 @@ def data(
     flags = _flags(model__base_model=model, data__skip_bad=skip_bad)
     if path is None and config is None:
         path = Path(DEFAULT_DATA)
-    result = run_data(DataOptions(path, config, tuple(assignments or ()), flags, examples))
+    sets = tuple(assignments or ())
+    result = run_data(DataOptions(path, config, sets, flags, examples, show_progress=not as_json))
     _finish(result, as_json, lambda found: data_text(found, color=_shows_color()))
 
 

@@ -98,3 +98,23 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_any_text_parses_or_is_our_error(text: str) -> None:
     with contextlib.suppress(OllatuneError):
         parse_yaml(text, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "sources"),
+    [
+        ("data: a.jsonl", [("a.jsonl", 1.0)]),
+        ("data:\n  - {path: a.jsonl, weight: 2}\n  - b/", [("a.jsonl", 2.0), ("b/", 1.0)]),
+        ("data: {sources: [a.jsonl, {path: b/, weight: 0.5}]}", [("a.jsonl", 1.0), ("b/", 0.5)]),
+    ],
+)
+def test_sources_may_be_written_short(text: str, sources: list[tuple[str, float]]) -> None:
+    config = load_config(parse_yaml(text, "c.yaml"), assignments=["data.skip_bad=true"])
+    assert [(source.path, source.weight) for source in config.data.sources] == sources
+    assert config.data.skip_bad
+
+
+def test_a_mistake_in_a_short_list_of_sources_has_its_line() -> None:
+    text = "data:\n  - path: a.jsonl\n    wieght: 2\n"
+    with pytest.raises(UsageError, match=r"c\.yaml:3: .*`?data.*wieght"):
+        load_config(parse_yaml(text, "c.yaml"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from ollatune.base.errors import InputError
+from ollatune.base.files import try_lock
+from ollatune.base.log import get_logger
 from ollatune.data.cache import load_cached
 from ollatune.data.chunks import iter_chunk, plan_chunks, scan_file
 from ollatune.data.load import DatasetSplits, load_examples
 from ollatune.data.position import RecordError
+from ollatune.data.progress import BuildBar
 from ollatune.data.rejects import Rejections
 from ollatune.data.sources import DataFile, find_files, iter_records
 from tests.data_fakes import ByteTokenizer, ChatMLTemplate, make_config
@@ -283,3 +289,72 @@ def test_find_files_is_ordered_and_skips_what_is_no_data(tmp_path: Path) -> None
         "b.jsonl",
         "a/z.csv",
     ]
+
+
+def test_two_processes_that_want_the_same_cache_build_it_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    data = write_jsonl(tmp_path / "data.jsonl", exchanges(100))
+    cached(data, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").glob("?" * 32)
+    for path in folder.glob("chunk-*"):
+        path.unlink()
+    found: list[DatasetSplits] = []
+    waiting = threading.Thread(target=lambda: found.append(cached(data, tmp_path / "cache")))
+    with (folder / "build.lock").open("a") as stream, caplog.at_level("INFO", "ollatune"):
+        assert try_lock(stream.fileno())
+        waiting.start()
+        deadline = time.monotonic() + 30
+        while "waiting for it" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "Another process is tokenising the same data" in caplog.text
+        assert not list(folder.glob("chunk-*"))
+    waiting.join(30)
+    assert_equal(found[0], in_memory(data))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_starts_from_what_is_there_and_ends_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", exchanges(100))
+    size = data.stat().st_size
+
+    def shown(stream: io.StringIO, **options: Any) -> str:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with BuildBar(**options) as bar:
+            load_cached(
+                make_config(), *make_parts(), cache_folder=tmp_path / "cache", path=data,
+                max_length=512, num_workers=1, chunk_bytes=1000, progress=bar,
+            )  # fmt: skip
+        return stream.getvalue()
+
+    def forget(count: int) -> None:
+        for path in sorted((tmp_path / "cache").glob("*/chunk-*.json"))[-count:]:
+            path.unlink()
+
+    first = shown(Terminal())
+    assert first.startswith("\rTokenising:   0%")
+    assert "100%" in first
+    assert shown(Terminal()) == ""  # nothing to build
+    forget(3)
+    begun = re.match(r"\rTokenising: +(\d+)%", shown(Terminal()))
+    assert begun is not None
+    assert 100 * (1 - 4000 / size) < int(begun[1]) < 100
+    for options in ({"stream": io.StringIO()}, {"stream": Terminal(), "is_shown": False}):
+        forget(3)
+        assert shown(**options) == ""
+
+
+def test_many_pieces_need_few_open_files(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", exchanges(600))
+    splits = cached(data, tmp_path / "cache", chunk_bytes=100)
+    assert len(list((tmp_path / "cache").glob("*/*.tokens"))) > 300
+    before = psutil.Process().num_fds()
+    assert_equal(splits, in_memory(data))
+    assert psutil.Process().num_fds() - before < 200

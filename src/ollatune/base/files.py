@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -151,6 +152,22 @@ def _process_is_alive(pid: int) -> bool:
         return False
     except OSError:
         return True
+    return True
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file for this process alone; False where another has it. The system frees it when we end."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
     return True
 
 

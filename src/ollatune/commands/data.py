@@ -30,6 +30,7 @@ class DataOptions:
     flags: dict[str, Any] = field(default_factory=dict)
     num_examples: int | None = None
     """How many examples to show; by default one micro-batch."""
+    show_progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LoadedData:
     max_length: int
 
 
-def load_for_base(config: Config) -> LoadedData:
+def load_for_base(config: Config, *, show_progress: bool = True) -> LoadedData:
     """The configured data, rendered for the configured base model."""
     from ollatune.commands.remote import remote_finder
     from ollatune.modeling.base import resolve_base
@@ -55,7 +56,8 @@ def load_for_base(config: Config) -> LoadedData:
         find_remote=remote_finder(config),
     )
     base = open_base(source)
-    return LoadedData(base, read_data(config, base), config, context_window(config, base))
+    splits = read_data(config, base, show_progress=show_progress)
+    return LoadedData(base, splits, config, context_window(config, base))
 
 
 def run_data(options: DataOptions) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def run_data(options: DataOptions) -> dict[str, Any]:
     if options.path is not None:
         flags["data.sources"] = [{"path": str(options.path)}]
     config = load_config(options.config, assignments=options.assignments, overrides=flags)
-    loaded = load_for_base(config)
+    loaded = load_for_base(config, show_progress=options.show_progress)
     train = loaded.splits.train
     batch_size = config.training.batch_size if isinstance(config.training.batch_size, int) else 4
     order = make_order(
@@ -147,7 +149,8 @@ def _histogram_lines(bins: list[dict[str, int]]) -> list[str]:
     most = max(item["count"] for item in bins)
     width = len(str(bins[-1]["to"] - 1))
     lines = ["tokens per training example:"]
-    for item in bins:
+    first = next(i for i, item in enumerate(bins) if item["count"])
+    for item in bins[first:]:
         bar = "█" * round(_BAR_WIDTH * item["count"] / most) or ("▏" if item["count"] else "")
         lines.append(
             f"  {item['from']:>{width}}-{item['to'] - 1:<{width}} {item['count']:>7} {bar}".rstrip()

@@ -21,6 +21,7 @@ class PreprocessOptions:
     flags: dict[str, Any] = field(default_factory=dict)
     count_tokens: bool = False
     overwrite: bool = False
+    show_progress: bool = True
 
 
 def run_preprocess(options: PreprocessOptions) -> dict[str, Any]:
@@ -44,7 +45,9 @@ def run_preprocess(options: PreprocessOptions) -> dict[str, Any]:
         values["data"]["sources"] = [DataSource(path=str(options.output)).model_dump()]
         if prepared.form == "text":
             values["training"]["method"] = "continued-pretraining"
-        loaded = load_for_base(type(config).model_validate(values))
+        loaded = load_for_base(
+            type(config).model_validate(values), show_progress=options.show_progress
+        )
         result["base"] = loaded.base.source.name
         result["tokens"] = loaded.splits.report.as_dict()
         result["warnings"] += loaded.splits.report.warnings

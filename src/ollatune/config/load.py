@@ -91,7 +91,23 @@ def parse_yaml(text: str, source: str) -> ParsedYaml:
         )
     _refuse_aliases(node, source)
     parsed.value = _mapping(node, (), parsed)
+    _write_out_sources(parsed)
     return parsed
+
+
+def _write_out_sources(parsed: ParsedYaml) -> None:
+    """`data: PATH`, `data: [{path, weight, …}]` and paths alone in the list are short for `data.sources`."""
+    data = parsed.value.get("data")
+    if isinstance(data, str):
+        data = [data]
+    if isinstance(data, list):
+        parsed.value["data"] = {"sources": data}
+        for path in [path for path in parsed.lines if path[0] == "data"]:
+            full = ("data", "sources", *path[1:])
+            parsed.lines[full] = parsed.lines[path]
+    sources = data.get("sources") if isinstance(data, dict) else data
+    if isinstance(sources, list):
+        sources[:] = [{"path": item} if isinstance(item, str) else item for item in sources]
 
 
 def _refuse_aliases(root: yaml.Node, source: str) -> None:

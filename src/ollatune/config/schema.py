@@ -244,7 +244,9 @@ class DataConfig(Section):
         "none", description="First epoch from easy to hard, by token count or by the `score` field."
     )
     mixing_temperature: float = Field(
-        1.0, gt=0, description="Source shares are weight^(1/temperature): above 1 evens them out."
+        1.0,
+        gt=0,
+        description="Source shares are weight × records^(1/temperature): above 1 evens them out.",
     )
     skip_bad: bool = Field(
         False,

@@ -6,14 +6,17 @@ tokenizer, and the settings of rendering. Pieces that a killed build finished ar
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ollatune.base.files import clean_staging, make_folder
+from ollatune.base.files import clean_staging, make_folder, storage_error, try_lock
+from ollatune.base.log import get_logger
 from ollatune.config.schema import DataConfig
 from ollatune.data.cache_build import (
     CacheJob,
@@ -41,6 +44,7 @@ from ollatune.data.sources import iter_records
 from ollatune.data.store import TokenStore
 
 _FORMAT_VERSION = 1
+_LOCK_POLL_SECONDS = 0.2
 
 
 def load_cached(
@@ -93,7 +97,8 @@ def load_cached(
     make_folder(job.folder)
     clean_staging(job.folder)
     renderer = make_renderer(job, tokenizer, template)
-    manifests = build_chunks(job, renderer, chunks, num_workers, progress)
+    with _alone(job.folder):
+        manifests = build_chunks(job, renderer, chunks, num_workers, progress)
     _refuse_empty_files(chunks, manifests)
     store = TokenStore(open_chunk(job.folder, n) for n in range(len(chunks)))
     rejections = Rejections(skip_bad=config.skip_bad)
@@ -123,6 +128,22 @@ def load_cached(
         rejections=rejections,
         sample_of=sample_of,
     )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process builds a cache; others that want the same (the ranks of a run) wait and find it done."""
+    path = folder / "build.lock"
+    try:
+        stream = path.open("a")
+    except OSError as error:
+        raise storage_error(error, path) from error
+    with stream:
+        if not try_lock(stream.fileno()):
+            get_logger("data").info("Another process is tokenising the same data: waiting for it.")
+            while not try_lock(stream.fileno()):
+                time.sleep(_LOCK_POLL_SECONDS)
+        yield
 
 
 def _digest(*parts: Any) -> str:

@@ -116,7 +116,8 @@ class RecordReader:
         raise RecordError(
             position,
             f"the fields ({keys}) are those of no known record form",
-            f"Expected {_forms_in_words()}; or name your columns in `data.columns`.{guess}",
+            f"Expected {_forms_in_words()}; or name your columns: "
+            f"`data.columns: {{instruction: YOUR_COLUMN, response: YOUR_COLUMN}}`.{guess}",
         )
 
     def _renamed(self, value: Mapping[str, Any], position: Position) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def _warnings(report: DataReport, num_records: int, max_length: int) -> list[str
     return found
 
 
-def length_histogram(lengths: npt.NDArray[np.int64], num_bins: int = 12) -> list[dict[str, int]]:
+def length_histogram(lengths: npt.NDArray[np.integer], num_bins: int = 12) -> list[dict[str, int]]:
     """Counts of lengths in bins of equal, round width: [{"from", "to", "count"}, …], upper ends exclusive."""
     if not len(lengths):
         return []

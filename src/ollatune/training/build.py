@@ -18,6 +18,7 @@ from ollatune.data.conversation import Conversation
 from ollatune.data.dataset import load_dataset
 from ollatune.data.load import DatasetSplits, make_order
 from ollatune.data.loader import BatchLoader, LoaderSettings, evaluation_batches
+from ollatune.data.progress import BuildBar
 from ollatune.modeling.fast.decoder import is_supported
 from ollatune.modeling.load import Mode, load_base_model
 from ollatune.modeling.lora import (
@@ -62,22 +63,24 @@ def data_settings(config: Config, base: OpenBase) -> DataConfig:
     return config.data
 
 
-def read_data(config: Config, base: OpenBase) -> DatasetSplits:
+def read_data(config: Config, base: OpenBase, *, show_progress: bool = True) -> DatasetSplits:
     """Read, render and split the data for `base` (see `data.dataset.load_dataset`)."""
-    return load_dataset(
-        data_settings(config, base),
-        base.tokenizer,
-        base.template,
-        make_parts=partial(renderer_parts, base.source),
-        max_length=context_window(config, base),
-        method=config.training.method,
-        seed=config.training.seed,
-    )
+    with BuildBar(is_shown=show_progress) as progress:
+        return load_dataset(
+            data_settings(config, base),
+            base.tokenizer,
+            base.template,
+            make_parts=partial(renderer_parts, base.source),
+            max_length=context_window(config, base),
+            method=config.training.method,
+            seed=config.training.seed,
+            progress=progress,
+        )
 
 
-def load_data(config: Config, base: OpenBase) -> DatasetSplits:
+def load_data(config: Config, base: OpenBase, *, show_progress: bool = True) -> DatasetSplits:
     """`read_data`, with its report logged."""
-    splits = read_data(config, base)
+    splits = read_data(config, base, show_progress=show_progress)
     logger = get_logger("data")
     for name, split in splits.report.splits.items():
         logger.info(

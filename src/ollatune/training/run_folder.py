@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -20,7 +19,14 @@ from typing import Any
 import psutil
 
 from ollatune.base.errors import LockedError, UsageError
-from ollatune.base.files import clean_staging, make_folder, storage_error, write_json, write_text
+from ollatune.base.files import (
+    clean_staging,
+    make_folder,
+    storage_error,
+    try_lock,
+    write_json,
+    write_text,
+)
 from ollatune.base.log import get_logger
 
 LOCK_NAME = ".run.lock"
@@ -117,7 +123,7 @@ class RunFolder:
         except OSError as error:
             raise storage_error(error, path) from error
         try:
-            if not _try_lock(stream.fileno()):
+            if not try_lock(stream.fileno()):
                 raise _locked(self.path, path)
             stream.truncate(0)
             stream.write(
@@ -154,21 +160,6 @@ class RunFolder:
             if step <= last_step:
                 kept.append(line + "\n")
         write_text(path, "".join(kept))
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _locked(folder: Path, path: Path) -> LockedError:

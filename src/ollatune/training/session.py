@@ -158,7 +158,9 @@ class Session:
         check_family(source, self.config.model.model_family, self.base.architecture)
         logger.info("Base model %s, %s template.", source.name, self.base.template.source)
         teacher = open_teacher(self.config, self.base, self.find_remote)
-        splits = load_data(self.config, self.base)
+        splits = load_data(
+            self.config, self.base, show_progress=self.show_progress and self.processes.is_main
+        )
         if splits.rejections.errors and self.processes.is_main:
             splits.rejections.write(self.folder.path / "rejected.jsonl")
         mode = choose_mode(self.config, self.base, dtype, device)
