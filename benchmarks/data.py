@@ -6,7 +6,7 @@
 
 Generates the data in a temporary folder (`--folder` says where; about 2.5 times the size is needed) and removes it.
 Every step runs in a process of its own; this one only watches. Memory is that of the step's whole tree of processes,
-sampled five times a second: `peak_rss_mb` adds up their resident pages, shared ones several times; `peak_pss_mb`
+sampled once a second: `peak_rss_mb` adds up their resident pages, shared ones several times; `peak_pss_mb`
 counts a page that k of them share as 1/k in each (Linux, `smaps_rollup`). `datasets.map` is measured where `datasets`
 can be imported, with the same tokenizer (the base's, exported for `transformers`) and the same number of processes,
 alternating with ours.
@@ -33,7 +33,7 @@ import psutil
 from data_generate import generate
 
 STEPS = Path(__file__).resolve().with_name("data_steps.py")
-SAMPLE_SECONDS = 0.2
+SAMPLE_SECONDS = 1.0  # adding up a process's pages stops it for some milliseconds
 READ_MB = 100
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from ollatune.base.errors import InputError, UsageError
 from ollatune.commands.preprocess import PreprocessOptions, preprocess_text, run_preprocess
+from ollatune.config.schema import DataSource
 from ollatune.data.load import data_sources
 from ollatune.data.position import RecordError
 from ollatune.data.prepare import PreparedData, prepare
@@ -184,3 +185,14 @@ def test_the_command_reports_in_json_and_words(tmp_path: Path) -> None:
     )
     assert "Warning: 2 exact duplicates were left out." in text
     assert text.endswith(f"Next: ollatune train --data {tmp_path / 'out'}")
+
+
+def test_a_folder_without_training_files_says_so(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "raw" / "test.jsonl", exchanges(4))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.docx").write_bytes(b"PK")
+    for folder, cause in (("raw", "named after validation or test"), ("docs", "It holds a.docx.")):
+        with pytest.raises(InputError, match=cause):
+            prepare(
+                make_config(), [DataSource(path=str(tmp_path / folder))], tmp_path / "out", seed=1
+            )

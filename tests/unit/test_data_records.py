@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ollatune.base.errors import UsageError
 from ollatune.data.conversation import ChatMessage, Conversation, Document
 from ollatune.data.position import Position, Record, RecordError
 from ollatune.data.records import RecordReader
@@ -250,3 +251,8 @@ def test_digests_differ_where_the_content_does() -> None:
     )
     assert first.prompt_digest() == second.prompt_digest()
     assert first.digest() != second.digest()
+
+
+def test_a_mapped_name_that_is_no_field_of_ours_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"maps `instrucion`, .* Did you mean `instruction`\?"):
+        RecordReader(columns={"instrucion": "q"})

@@ -18,6 +18,7 @@ MAX_RECORD_BYTES = 32 << 20
 """A longer record is an error: it is a broken file far more often than a training example."""
 
 _SPACES = " \t\r\n"
+_OTHER_QUOTES = "'`\u2018\u2019\u201c\u201d\u201e"
 _CHUNK_CHARACTERS = 1 << 20
 
 
@@ -82,7 +83,7 @@ def _may_repeat_a_key(text: str, value: Any) -> bool:
     num_keys, num_colons = _keys_and_colons(value)
     if num_written != num_keys + num_colons:
         return True
-    return num_colons > 0 and ("\\u003a" in text or "\\u003A" in text)
+    return num_colons > 0 and "\\u003" in text and ("\\u003a" in text or "\\u003A" in text)
 
 
 def scan(text: str, start: int) -> tuple[Any, int]:
@@ -165,6 +166,16 @@ def _explain_syntax(
         return RecordError(
             at(error.pos), f"raw {what} inside a string", f"Write it as \\u{code:04x} or remove it."
         )
+    if text[error.pos] in _OTHER_QUOTES:
+        cause, cure = (
+            f"the quote {text[error.pos]} is not JSON's",
+            'Write straight double quotes: ".',
+        )
+        return RecordError(at(error.pos), cause, cure)
+    if text[error.pos] in "}]" and text[: error.pos].rstrip().endswith(","):
+        return RecordError(
+            at(error.pos), f"a comma before the closing {text[error.pos]}", "Remove the comma."
+        )
     cause = error.msg[:1].lower() + error.msg[1:]
     return RecordError(at(error.pos), f"not valid JSON: {cause}", "Correct the line.")
 
@@ -186,6 +197,12 @@ def parse_line(line: bytes, position: Position) -> dict[str, Any]:
         start += 1
     if start < len(text) and text[start] == "\x00":
         raise RecordError(position.at(start + 1), "NUL bytes instead of text", "Remove the line.")
+    if position.line == 1 and text[start:].rstrip(_SPACES) in ("{", "[", "[{"):
+        raise FileError(
+            position,
+            "the record goes on in the next line: this is JSON, not JSON Lines",
+            "Rename the file so that it ends in `.json`.",
+        )
     value, end = _parse(text, start, position)
     if type(value) is not dict:
         raise _not_an_object(value, position)

@@ -214,10 +214,7 @@ def make_splits(
         seed=seed,
     )
     if not len(rows["train"]):
-        raise InputError(
-            "No record is left to train on.",
-            hint="Check the data's file names and split fractions.",
-        )
+        raise nothing_to_train_on(store.splits)
     report = make_report(
         store,
         rows,
@@ -242,6 +239,19 @@ def make_splits(
     }
     return DatasetSplits(
         train, examples("validation"), examples("test"), report, rejections, samples
+    )
+
+
+def nothing_to_train_on(named: npt.NDArray[np.integer]) -> InputError:
+    """The error where no record is left for training; `named` says what split each record's file is named after."""
+    if len(named) and (named > 0).all():
+        return InputError(
+            "Every file is named after validation or test, so no record is left to train on.",
+            hint="Name a file after train (`train.jsonl`), or rename the others.",
+        )
+    return InputError(
+        "No record is left to train on.",
+        hint="Check the data's file names and split fractions.",
     )
 
 

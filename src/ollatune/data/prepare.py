@@ -14,11 +14,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from ollatune.base.errors import InputError, UsageError
+from ollatune.base.errors import UsageError
 from ollatune.base.files import staged_file, write_json
 from ollatune.config.schema import DataConfig, DataSource
 from ollatune.data.conversation import ChatMessage, Conversation, Document, Sample
-from ollatune.data.load import Method, iter_samples
+from ollatune.data.load import Method, iter_samples, nothing_to_train_on
 from ollatune.data.position import RecordError
 from ollatune.data.records import MAPPABLE_FIELDS, RecordReader
 from ollatune.data.rejects import Rejections
@@ -178,10 +178,7 @@ def _distinct_rows(
         seed=seed,
     )
     if not len(split["train"]):
-        raise InputError(
-            "No record is left to train on.",
-            hint="Check the data's file names and split fractions.",
-        )
+        raise nothing_to_train_on(named)
     return {name: kept[rows] for name, rows in split.items()}, len(digests) - len(kept)
 
 

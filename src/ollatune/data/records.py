@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ollatune.base.errors import UsageError
 from ollatune.base.text import did_you_mean, printable
 from ollatune.data.conversation import ChatMessage, Conversation, Document, Sample
 from ollatune.data.fields import answer_of, optional_text, text_of
@@ -55,6 +56,13 @@ class RecordReader:
         self, *, columns: Mapping[str, str] | None = None, system: str | None = None
     ) -> None:
         self._columns = dict(columns or {})
+        for name in self._columns:
+            if name not in MAPPABLE_FIELDS:
+                raise UsageError(
+                    f"`data.columns` maps `{printable(name, limit=40)}`, which is no field of a record."
+                    f"{did_you_mean(name, MAPPABLE_FIELDS)}",
+                    hint=f"Our names stand on the left, yours on the right. Ours: {', '.join(MAPPABLE_FIELDS)}.",
+                )
         self._system = ChatMessage("system", system) if system else None
         self.form: RecordForm | None = None
         self.first: Position | None = None

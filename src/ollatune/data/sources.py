@@ -120,16 +120,23 @@ def _files_of_folder(folder: Path) -> list[DataFile]:
     def refuse(error: OSError) -> None:
         raise file_error(Path(error.filename or folder), error)
 
-    files = []
+    files, others = [], []
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(root) / name
             if not _NOT_DATA.match(name) and data_suffix(path):
                 files.append(DataFile(path, split_of(path.relative_to(folder))))
+            else:
+                others.append(printable(name, limit=40))
     if not files:
+        held = (
+            f" It holds {', '.join(others[:5])}{', …' if len(others) > 5 else ''}."
+            if others
+            else ""
+        )
         raise InputError(
-            f"{folder}: no data file in this folder.",
+            f"{folder}: no data file in this folder.{held}",
             hint=f"Expected files ending in {', '.join(DATA_SUFFIXES)}, or these with .gz or .zst.",
         )
     return files

@@ -25,7 +25,12 @@ _MAX_ZSTD_WINDOW_BYTES = 128 << 20  # what `zstd --long` writes; a file may decl
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"\x1f\x8b", "gzip-compressed data", "Rename it so that it ends in `.gz`."),
     (b"\x28\xb5\x2f\xfd", "Zstandard-compressed data", "Rename it so that it ends in `.zst`."),
-    (b"PK\x03\x04", "a zip archive", "Unpack it first: `unzip FILE`."),
+    (
+        b"PK\x03\x04",
+        "a zip archive or an Office document",
+        "Unpack it first (`unzip FILE`), or save the sheet as CSV or the document as text.",
+    ),
+    (b"%PDF-", "a PDF document", "Take the text out first: `pdftotext FILE`."),
     (b"BZh", "bzip2-compressed data", "Unpack it first: `bunzip2 FILE`."),
     (b"\xfd7zXZ\x00", "xz-compressed data", "Unpack it first: `unxz FILE`."),
     (b"PAR1", "a Parquet file", "Rename it so that it ends in `.parquet`."),
