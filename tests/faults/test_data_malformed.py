@@ -400,7 +400,7 @@ CASES = [
     Case(
         "comma before the brace",
         lines_with(b'{"instruction": "a", "response": "b",}'),
-        ":41:3",
+        ":41:38" if sys.version_info < (3, 13) else ":41:37",
         "comma before the closing }" if sys.version_info < (3, 13) else "trailing comma",
         "Remove the comma" if sys.version_info < (3, 13) else "Correct",
         True,

@@ -163,7 +163,7 @@ def test_too_few_records_to_split(tmp_path: Path) -> None:
     assert report.num_records == {"train": 1, "validation": 1, "test": 0}
     (tmp_path / "only").mkdir()
     write_jsonl(tmp_path / "only" / "test.jsonl", exchanges(3))
-    with pytest.raises(InputError, match="No record is left to train on"):
+    with pytest.raises(InputError, match="no record is left to train on"):
         prepared(tmp_path / "only", tmp_path / "out2")
 
 
