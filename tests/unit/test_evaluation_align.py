@@ -47,6 +47,16 @@ def test_the_ids_of_an_answer_are_those_that_were_said(given: ServedAnswer, ids:
     assert answer_ids_of(Tokenizer(), given) == ids
 
 
+def test_of_two_tokens_with_the_same_bytes_the_one_that_texts_become_counts() -> None:
+    class Gemma(Tokenizer):
+        """As in SentencePiece's vocabularies, a token for the single byte lies before the one for the character."""
+
+        texts = (b"a", b"b", b"ab", b"<end>", b"a")
+        vocab_size = 5
+
+    assert answer_ids_of(Gemma(), answer("aab", b"a", b"ab")) == [4, 2]
+
+
 def test_an_alternative_without_bytes_is_the_end_only_where_the_model_ended() -> None:
     row = np.log(np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32))
     top = {b"": math.log(0.4), b"ab": math.log(0.3)}

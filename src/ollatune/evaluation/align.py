@@ -87,7 +87,9 @@ def answer_ids_of(tokenizer: TrainedTokenizer, answer: ServedAnswer) -> list[int
     if b"".join(said) != answer.text.encode() or [tokenizer.token_bytes(i) for i in ids] == said:
         return ids
     id_of: dict[bytes, int] = {}
-    for token_id in range(tokenizer.vocab_size):
+    # Of two tokens with the same bytes the later one: SentencePiece's tokens for single bytes, which are there for what
+    # no other token says, come first.
+    for token_id in reversed(range(tokenizer.vocab_size)):
         id_of.setdefault(tokenizer.token_bytes(token_id), token_id)
     return [id_of[raw] for raw in said] if all(raw in id_of for raw in said) else ids
 
