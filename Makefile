@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+DEEPSPEED := $(VENV)/.deepspeed
+
 .PHONY: demo test test-slow check format bench docs faults clean
 
 $(INSTALLED): pyproject.toml requirements.lock
@@ -12,13 +14,18 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[engine,dev]'
 	touch $(INSTALLED)
 
+# Without its own kernels, which need CUDA's compiler: a few seconds. Its tests are skipped where it is missing.
+$(DEEPSPEED): $(INSTALLED)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint requirements.lock deepspeed
+	touch $(DEEPSPEED)
+
 demo: $(INSTALLED)  ## train, export, serve and score a real model; under five minutes on two cores
 	@$(BIN)/python -m ollatune demo
 
 test: $(INSTALLED)  ## the tests that run on every change; under two minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(INSTALLED)  ## the rest: real weights, the engine, faults
+test-slow: $(INSTALLED) $(DEEPSPEED)  ## the rest: real weights, the engine, faults
 	$(BIN)/python -m pytest -m slow -n 2 --dist load
 
 check: $(INSTALLED)  ## lint, format and types

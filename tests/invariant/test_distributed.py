@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ollatune.checkpoint.format import read_checkpoint
+from tests.process_helpers import NO_DROPOUT, assert_same_losses, launch, with_sizes
 from tests.run_helpers import run, steps_of, tiny_base, train_command, write_records
-
-NO_DROPOUT = ("--set", "advanced.lora_dropout=0")
 
 
 @pytest.fixture(scope="module")
@@ -26,51 +20,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_records(tmp_path_factory.mktemp("data"), train=17, validation=3, test=0)
-
-
-def launch(
-    count: int, arguments: list[str], *, faults: dict[int, str] | None = None
-) -> list[tuple[int, str]]:
-    """Exit code and stderr of each of `count` processes, started as torchrun starts them, without its own watching."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(count):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1", "OLLATUNE_FAULT": (faults or {}).get(rank, ""),
-        }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "ollatune", *arguments, "--distributed"],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return [
-        (process.returncode, error)
-        for process in processes
-        for _, error in [process.communicate(timeout=240)]
-    ]
-
-
-def with_sizes(command: list[str], batch: int, accumulation: int) -> list[str]:
-    return [
-        *command, "--batch-size", str(batch), "--gradient-accumulation-steps", str(accumulation),
-    ]  # fmt: skip
-
-
-def assert_same_losses(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> None:
-    assert [s["num_targets"] for s in left] == [s["num_targets"] for s in right]
-    assert [s["num_tokens"] for s in left] == [s["num_tokens"] for s in right]
-    assert [s["loss"] for s in left] == pytest.approx([s["loss"] for s in right], rel=1e-5)
-    assert [s["grad_norm"] for s in left] == pytest.approx(
-        [s["grad_norm"] for s in right], rel=1e-4
-    )
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +81,12 @@ def test_one_failing_process_ends_all_with_one_message(
     command = train_command(base, data, tmp_path / "out", *NO_DROPOUT)
     point = "save.before_checkpoint:enospc@1" if rank == 0 else "train.step:enospc@2"
     results = launch(2, command, faults={rank: point})
-    messages = [line for _, error in results for line in error.splitlines() if "rror" in line]
-    # Where the first process fails, the store goes with it here; under torchrun it lives on.
-    assert results[rank][0] == (5 if rank == 0 else 1), results
-    assert results[1 - rank][0] in (1, 5), results
-    assert results[1 - rank][1].count("Traceback") == 0, results
-    assert any("No space left" in line or "Disk full" in line for line in messages), results
+    assert [code for code, _ in results] == [5, 5], results
+    lines = [line for _, error in results for line in error.splitlines()]
+    messages = [line for line in lines if line.startswith("error:")]
+    assert len(messages) == 1, results
+    assert "No space left" in messages[0] or "Disk full" in messages[0]
+    assert not any("Traceback" in line for line in lines), results
     status = json.loads((tmp_path / "out" / "run.json").read_text())
     assert status["status"] == "failed"
     assert "No space left" in status["error"] or "Disk full" in status["error"]
@@ -157,18 +106,21 @@ def test_non_finite_and_out_of_memory_on_one_process(
     assert_same_losses(steps_of(single), steps_of(tmp_path / "oom"))
 
 
+@pytest.mark.slow
+def test_different_data_is_noticed_before_the_first_step(base: Path, tmp_path: Path) -> None:
+    """As on two machines with another copy each: the same relative path, from two folders."""
+    for number in range(2):
+        write_records(tmp_path / str(number) / "records", train=17 + number, validation=3, test=0)
+    command = train_command(base, Path("records"), tmp_path / "out", *NO_DROPOUT)
+    results = launch(2, command, folders=[tmp_path / "0", tmp_path / "1"])
+    assert [code for code, _ in results] == [2, 2], results
+    said = [error for _, error in results if "error:" in error]
+    assert len(said) == 1, results
+    assert "Process 1 of 2 has other training data than process 0" in said[0]
+
+
 def test_distributed_needs_a_launcher(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([*train_command(base, data, tmp_path / "out"), "--distributed"]) == 2
     assert "torchrun --nproc_per_node=2" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])
-def test_other_backends_are_refused(
-    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str
-) -> None:
-    command = train_command(base, data, tmp_path / "out")
-    assert run([*command, "--set", f"distributed.backend={backend}"]) == 2
-    assert f"{backend} is not available" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

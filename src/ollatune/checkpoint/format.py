@@ -38,6 +38,7 @@ class Checkpoint:
         base: what the run was trained on: name, digest, architecture.
         resume: RNG states, data position, loop counters.
         versions: package versions of the writer.
+        shards: the folder where the tensors still are, for a sharded checkpoint that was read without them.
     """
 
     epoch: int
@@ -55,9 +56,11 @@ class Checkpoint:
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    shards: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """What is stored."""
+        return {key: value for key, value in vars(self).items() if key != "shards"}
 
     def is_finite(self) -> bool:
         """Whether every trained tensor is finite."""
@@ -165,5 +168,5 @@ def _validated(values: Any, name: str) -> Checkpoint:
             f"{name} has checkpoint format {version}; this version reads {FORMAT_VERSION}.",
             hint="Use the version of ollatune that wrote it.",
         )
-    known = set(Checkpoint.__dataclass_fields__)
+    known = set(Checkpoint.__dataclass_fields__) - {"shards"}
     return Checkpoint(**{key: value for key, value in values.items() if key in known})

@@ -3,6 +3,9 @@
 Order of one save: checkpoint staged → fsync → rename → index staged → fsync → rename → superseded files removed.
 A kill at any instant leaves the earlier checkpoints, and the index true or one entry behind. A file that the index
 does not know was either just renamed or just superseded: it is whole, and what it says of itself counts.
+
+A sharded checkpoint (see `shards.py`) is a folder that goes the same way. A folder cannot be renamed over another: one
+that is saved anew is first renamed itself, and named back where a kill came between.
 """
 
 from __future__ import annotations
@@ -12,13 +15,27 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ollatune.base.errors import InputError, UsageError
-from ollatune.base.files import clean_staging, make_folder, sha256_file, staged_file, write_json
+from ollatune.base.files import (
+    clean_staging,
+    make_folder,
+    sha256_file,
+    staged_file,
+    write_json,
+)
 from ollatune.base.log import get_logger
+from ollatune.checkpoint.folders import (
+    finish_replacing,
+    is_checkpoint_folder,
+    remove_checkpoint,
+    replace_folder,
+    staging_path,
+)
 from ollatune.checkpoint.format import (
     Checkpoint,
     parse_checkpoint,
@@ -27,7 +44,7 @@ from ollatune.checkpoint.format import (
 )
 
 INDEX_NAME = "index.json"
-_NAME = re.compile(r"(epoch|step)_(\d+)\.pt")
+_NAME = re.compile(r"(epoch|step)_(\d+)\.(pt|shards)")
 
 
 @dataclass(frozen=True)
@@ -79,11 +96,33 @@ class CheckpointStore:
         path = self.folder / name
         with staged_file(path) as stream:
             sha256 = write_checkpoint(checkpoint, stream)
-        entry = _entry(checkpoint, path, sha256)
+        return self._enter(_entry(checkpoint, path, sha256, path.stat().st_size))
+
+    def _enter(self, entry: IndexEntry) -> Path:
+        """Note in the index what now lies under the entry's name, then rotate."""
+        name = entry.file
         self.entries = [e for e in self.entries if e.file != name] + [entry]
         self._write_index()
         self._rotate()
-        return path
+        return self.folder / name
+
+    def stage_shards(self, name: str) -> Path:
+        """A staging folder for the parts of the sharded checkpoint `name`. Raises StorageError."""
+        return make_folder(staging_path(self.folder / name))
+
+    def adopt_shards(
+        self, staging: Path, checkpoint: Checkpoint, name: str, *, is_finite: bool
+    ) -> Path:
+        """Complete `staging`, where every part is, and let it become `name`. Raises OSError."""
+        from ollatune.checkpoint.shards import CONTENT_NAME, write_manifest
+
+        checkpoint.metrics["is_finite"] = is_finite  # its own tensors cannot say
+        with staged_file(staging / CONTENT_NAME) as stream:
+            write_checkpoint(checkpoint, stream)
+        digest, size_bytes = write_manifest(staging)
+        path = self.folder / name
+        replace_folder(staging, path)
+        return self._enter(_entry(checkpoint, path, digest, size_bytes))
 
     def _write_index(self) -> None:
         entries = sorted(self.entries, key=lambda e: (e.step, e.file))
@@ -110,7 +149,7 @@ class CheckpointStore:
         self._write_index()
         for entry in superseded:
             with contextlib.suppress(OSError):
-                (self.folder / entry.file).unlink()
+                remove_checkpoint(self.folder / entry.file)
 
     def adopt(self) -> None:
         """Enter into the index what a kill left out of it: this run's checkpoints beside it. The next save rotates."""
@@ -119,29 +158,39 @@ class CheckpointStore:
             if path.name in known:
                 continue
             try:
-                checkpoint = read_checkpoint(path)
+                checkpoint, digest = _read_with_digest(path)
             except InputError:
                 continue
             if checkpoint.run_id == self.run_id:
-                self.entries.append(_entry(checkpoint, path, sha256_file(path)))
+                size = sum(f.stat().st_size for f in (path, *path.glob("*")) if f.is_file())
+                self.entries.append(_entry(checkpoint, path, digest, size))
 
     def clear(self) -> None:
         """Remove every checkpoint and the index (the user asked for --overwrite)."""
         (self.folder / INDEX_NAME).unlink(missing_ok=True)
         for path in _checkpoint_files(self.folder):
-            path.unlink()
+            remove_checkpoint(path)
         self.entries = []
 
 
-def _entry(checkpoint: Checkpoint, path: Path, sha256: str) -> IndexEntry:
+def _read_with_digest(path: Path) -> tuple[Checkpoint, str]:
+    """A checkpoint that the index does not know, and what the index would say of it. Raises InputError."""
+    if is_checkpoint_folder(path):
+        from ollatune.checkpoint.shards import read_folder
+
+        return read_folder(path)
+    return read_checkpoint(path), sha256_file(path)
+
+
+def _entry(checkpoint: Checkpoint, path: Path, sha256: str, size_bytes: int) -> IndexEntry:
     return IndexEntry(
         file=path.name,
         sha256=sha256,
-        size_bytes=path.stat().st_size,
+        size_bytes=size_bytes,
         step=checkpoint.step,
         epoch=checkpoint.epoch,
         val_loss=checkpoint.val_loss,
-        is_finite=checkpoint.is_finite(),
+        is_finite=bool(checkpoint.metrics.get("is_finite", True)) and checkpoint.is_finite(),
         run_id=checkpoint.run_id,
         timestamp=checkpoint.timestamp,
     )
@@ -166,10 +215,15 @@ def _read_index(folder: Path) -> list[IndexEntry]:
         return []
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Load one checkpoint, compared with the digest in the index beside it. Raises InputError."""
+def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
+    """Load one checkpoint, compared with the digest in the index beside it. Raises InputError.
+
+    Without tensors a sharded one is read as far as every process needs it, and says where the rest is.
+    """
     known = {entry.file: entry for entry in _read_index(path.parent)}
     entry = known.get(path.name)
+    if is_checkpoint_folder(path):
+        return _load_shards(path, entry, with_tensors)
     if entry is None:
         return read_checkpoint(path)
     try:
@@ -185,6 +239,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return parse_checkpoint(content, str(path))
 
 
+def _load_shards(path: Path, entry: IndexEntry | None, with_tensors: bool) -> Checkpoint:
+    from ollatune.checkpoint.shards import read_folder, with_all_tensors
+
+    checkpoint, found = read_folder(path)
+    if entry and found != entry.sha256 and checkpoint.timestamp <= entry.timestamp:
+        raise InputError(
+            f"{path} is damaged: the sha256 of its manifest begins {found[:12]}, the index says {entry.sha256[:12]}.",
+            hint="Use an earlier checkpoint, or --resume auto.",
+        )
+    return with_all_tensors(checkpoint) if with_tensors else checkpoint
+
+
 def _is_newer_whole(content: bytes, path: Path, entry: IndexEntry) -> bool:
     """A kill between the two renames of a re-save leaves a whole file that is newer than the index."""
     try:
@@ -195,21 +261,23 @@ def _is_newer_whole(content: bytes, path: Path, entry: IndexEntry) -> bool:
 
 
 def newest_checkpoint(
-    folder: Path, *, report: Callable[[str], None] | None = None
+    folder: Path, *, report: Callable[[str], None] | None = None, with_tensors: bool = True
 ) -> tuple[Path, Checkpoint]:
     """The newest checkpoint in `folder` that is whole; damaged ones are set aside and reported.
 
     Raises InputError when there is none.
     """
     report = report or get_logger("checkpoint").warning
-    clean_staging(folder) if folder.is_dir() else None
+    if folder.is_dir():
+        finish_replacing(folder)
+        clean_staging(folder)
     by_name = {entry.file: entry for entry in _read_index(folder)}
 
     def recency(path: Path) -> tuple[float, str]:
         if (entry := by_name.get(path.name)) is not None:
             return entry.step, entry.timestamp
         try:
-            unknown = read_checkpoint(path)
+            unknown = _read_with_digest(path)[0]
         except InputError:
             return math.inf, ""  # tried first, reported and set aside
         return unknown.step, unknown.timestamp
@@ -217,13 +285,16 @@ def newest_checkpoint(
     damaged = []
     for path in sorted(_checkpoint_files(folder), key=recency, reverse=True):
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_checkpoint(path, with_tensors=with_tensors)
         except InputError as error:
             damaged.append(path)
             report(f"{error.message} It is set aside; trying the one before.")
             continue
         for bad in damaged:
-            bad.replace(bad.with_name(f"corrupt-{bad.name}"))
+            aside = bad.with_name(f"corrupt-{bad.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another process of the run was faster
+                bad.replace(aside)
         return path, checkpoint
     raise InputError(
         f"There is no whole checkpoint in {folder}.",

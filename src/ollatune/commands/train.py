@@ -93,6 +93,7 @@ def checkpoint_folder(config: Config) -> Path:
 
 
 def _find_checkpoint(options: TrainOptions) -> Resumed:
+    from ollatune.checkpoint.folders import is_checkpoint_folder
     from ollatune.checkpoint.store import load_checkpoint, newest_checkpoint
 
     assert options.resume is not None
@@ -100,13 +101,13 @@ def _find_checkpoint(options: TrainOptions) -> Resumed:
         config = load_config(
             options.config, assignments=options.assignments, overrides=options.flags
         )
-        path, checkpoint = newest_checkpoint(checkpoint_folder(config))
+        path, checkpoint = newest_checkpoint(checkpoint_folder(config), with_tensors=False)
         return Resumed(path, checkpoint)
     path = Path(options.resume)
-    if path.is_dir():
-        path, checkpoint = newest_checkpoint(path)
+    if path.is_dir() and not is_checkpoint_folder(path):
+        path, checkpoint = newest_checkpoint(path, with_tensors=False)
         return Resumed(path, checkpoint)
-    return Resumed(path, load_checkpoint(path))
+    return Resumed(path, load_checkpoint(path, with_tensors=False))
 
 
 def run_train(options: TrainOptions) -> dict[str, Any]:

@@ -300,8 +300,14 @@ class DistributedConfig(Section):
     backend: Literal["ddp", "fsdp", "deepspeed"] = Field(
         "ddp",
         description=(
-            "How processes share the work under `--distributed`: `ddp` holds the model on each. The other two are "
-            "refused: this version does not have them."
+            "How processes share the work under `--distributed`: `ddp` holds the model on each, `fsdp` a part of "
+            "every weight, gradient and optimiser state, `deepspeed` what `zero_stage` says (needs the extra)."
+        ),
+    )
+    zero_stage: Literal[1, 2, 3] = Field(
+        2,
+        description=(
+            "What DeepSpeed's ZeRO shards: 1 the optimiser's state, 2 the gradients as well, 3 the weights as well."
         ),
     )
     timeout_seconds: PositiveInt = Field(

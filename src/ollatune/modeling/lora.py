@@ -102,6 +102,8 @@ class LoRALinear(nn.Module):
         generator: source of A's initial values (B starts at zero, so the layer starts as its base).
     """
 
+    _squared_norms_O: Tensor
+
     def __init__(
         self,
         base: nn.Module,
@@ -127,8 +129,9 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(sizes.out_features, rank, device=device))
         self.lora_magnitude: nn.Parameter | None = None
         if use_dora:
-            self._squared_norms_O = _row_squared_norms(base).to(device)
-            self.lora_magnitude = nn.Parameter(self._squared_norms_O.sqrt().clone())
+            squared_O = _row_squared_norms(base).to(device)
+            self.register_buffer("_squared_norms_O", squared_O, persistent=False)
+            self.lora_magnitude = nn.Parameter(squared_O.sqrt())
 
     @property
     def in_features(self) -> int:

@@ -29,6 +29,7 @@ from ollatune.modeling.lora import (
 from ollatune.modeling.opened import OpenBase, renderer_parts
 from ollatune.modeling.trained import lora_settings
 from ollatune.templates.messages import Message
+from ollatune.training.backends import require_dtype, shards_weights, sharing_class
 from ollatune.training.batch_plan import BatchPlan, configured_plan, probed_plan
 from ollatune.training.distributed import Processes
 from ollatune.training.environment import DTYPES
@@ -118,6 +119,12 @@ def build_model(
     if config.training.activation_checkpointing and not uses_fast_path(config, model):
         _recompute_activations(model)
     return model
+
+
+def _without_fast_path(config: Config) -> Config:
+    """It goes past the modules' own forward passes, in which a backend gathers sharded weights."""
+    training = config.training.model_copy(update={"fast_path": False})
+    return config.model_copy(update={"training": training})
 
 
 def uses_fast_path(config: Config, model: nn.Module) -> bool:
@@ -229,9 +236,12 @@ def build_run(
     that says `auto`.
     """
     seed_everything(config.training.seed, deterministic=config.training.deterministic)
-    model = build_model(
-        config, base, dtype=placement.dtype, mode=placement.mode, device=placement.device
-    )
+    share, device = sharing_class(config, processes), placement.device
+    require_dtype(config, placement.dtype, processes)
+    if shards_weights(config, processes):
+        config = _without_fast_path(config)
+        device = torch.device("cpu")  # a whole model may not fit anywhere else
+    model = build_model(config, base, dtype=placement.dtype, mode=placement.mode, device=device)
     parameters = trainable_parameters(model)
     get_logger("training").info(
         "Training %s of %s parameters.",
@@ -249,10 +259,13 @@ def build_run(
     num_steps = total_steps(config, loader)
     return TrainingRun(
         config=config,
-        model=model,
-        step_function=step_function,
-        parameters=trained,
-        optimizer=build_optimizer(parameters, config.training),
+        sharing=share(
+            step_function,
+            parameters,
+            partial(build_optimizer, settings=config.training),
+            processes,
+            config,
+        ),
         schedule=make_schedule(config, num_steps),
         loader=loader,
         state=RunState(),
@@ -288,8 +301,7 @@ def build_validator(
     else:
         prompts = []
     return Validator(
-        step_function=run.step_function,
-        model=run.model,
+        sharing=run.sharing,
         batches=partial(evaluation_batches, splits.validation, loader_settings),
         prompts=prompts,
         num_samples=settings.samples,
@@ -297,6 +309,5 @@ def build_validator(
         decode=base.tokenizer.decode,
         stop_ids=base.tokenizer.end_of_generation_ids,
         max_new_tokens=settings.max_new_tokens,
-        processes=run.processes,
         device=run.device,
     )

@@ -8,47 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ollatune.base.errors import InputError, StorageError, UsageError
 from ollatune.base.faults import fault_point
 from ollatune.base.files import free_bytes, staged_file, storage_error
 from ollatune.base.log import get_logger
 from ollatune.base.text import format_bytes
+from ollatune.checkpoint.folders import SHARDS_SUFFIX
 from ollatune.checkpoint.format import Checkpoint, write_checkpoint
 from ollatune.checkpoint.store import CheckpointStore
-from ollatune.modeling.lora import adapter_state, load_adapter_state, lora_layers
+from ollatune.modeling.lora import lora_layers
 from ollatune.training.environment import package_versions
 from ollatune.training.loop import TrainingRun
 from ollatune.training.run_folder import utc_now
 from ollatune.training.state import RunState, random_states, restore_random_states
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that training changes, on the CPU: the adapter, or every trained weight once."""
-    if lora_layers(model):
-        state = adapter_state(model)
-    else:
-        state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-@torch.no_grad()
-def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """The reverse of `trained_state`. Raises UsageError where names or shapes differ."""
-    if lora_layers(model):
-        load_adapter_state(model, state)
-        return
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if own.keys() != state.keys():
-        differing = sorted(own.keys() ^ state.keys())
-        raise UsageError(
-            f"The checkpoint does not fit this model: {len(differing)} weights differ, such as {differing[0]}.",
-            hint="Resume with the base model and method it was trained with.",
-        )
-    for name, parameter in own.items():
-        parameter.copy_(state[name])
 
 
 @dataclass(frozen=True)
@@ -63,15 +35,24 @@ class Identity:
 
 
 def make_checkpoint(
-    run: TrainingRun, identity: Identity, *, with_optimizer: bool = True
+    run: TrainingRun, identity: Identity, *, with_optimizer: bool = True, with_tensors: bool = True
 ) -> Checkpoint:
-    """The whole state of `run`. Without the optimiser it can be exported but not resumed."""
-    state = run.state
+    """The whole state of `run`; every process calls it where `run.sharing.needs_all`.
+
+    Without the optimiser it can be exported but not resumed. Without tensors it is what a sharded checkpoint holds
+    beside them.
+    """
+    state, sharing = run.state, run.sharing
+    optimizer_state: dict[str, Any] = {}
+    if with_optimizer:
+        optimizer_state = (
+            sharing.optimizer_state() if with_tensors else sharing.optimizer_settings()
+        )
     return Checkpoint(
         epoch=state.epoch,
         step=state.step,
-        model_state_dict=trained_state(run.model),
-        optimizer_state_dict=run.optimizer.state_dict() if with_optimizer else {},
+        model_state_dict=sharing.trained_state() if with_tensors else {},
+        optimizer_state_dict=optimizer_state,
         scheduler_state_dict={"step": state.step, "name": run.schedule.name},
         train_loss=state.train_loss,
         val_loss=state.val_loss,
@@ -106,8 +87,7 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
             "This checkpoint holds weights only (best_model.pt does); it cannot be resumed.",
             hint="Resume from a file under checkpoints/, or with --resume auto.",
         )
-    load_trained_state(run.model, checkpoint.model_state_dict)
-    run.optimizer.load_state_dict(checkpoint.optimizer_state_dict)
+    run.sharing.load(checkpoint)
     run.state = RunState(**checkpoint.resume["state"])
     run.early_stopping.load(checkpoint.resume["early_stopping"])
     run.overfitting.load(checkpoint.resume["overfitting"])
@@ -129,30 +109,64 @@ class Saver:
         self.identity = identity
 
     def save(self, run: TrainingRun, name: str, is_best: bool) -> None:
-        """Write checkpoint `name`, and best_model.pt if it is the best so far. Raises StorageError."""
+        """Write checkpoint `name`, and best_model.pt if it is the best so far. Raises StorageError.
+
+        Every process calls it; only the main one writes, but for the parts of a sharded checkpoint.
+        """
+        if not (run.processes.is_main or run.sharing.needs_all):
+            return
         try:
-            self._save(run, name, is_best)
+            if is_best:
+                self._save_best(run)
+            if run.sharing.saves_shards:
+                name = str(Path(name).with_suffix(SHARDS_SUFFIX))
+                self._save_shards(run, name)
+            else:
+                self._save_file(run, name)
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
             raise storage_error(error, self.store.folder / name) from error
+        get_logger("training").debug(
+            "Saved %s%s.", self.store.folder / name, " (best so far)" if is_best else ""
+        )
 
-    def _save(self, run: TrainingRun, name: str, is_best: bool) -> None:
-        if is_best:
-            best = make_checkpoint(run, self.identity, with_optimizer=False)
-            fault_point("save.before_best")
+    def _save_best(self, run: TrainingRun) -> None:
+        best = make_checkpoint(run, self.identity, with_optimizer=False)
+        fault_point("save.before_best")
+        if run.processes.is_main:
             with staged_file(self.best_path) as stream:
                 write_checkpoint(best, stream)
+
+    def _save_file(self, run: TrainingRun, name: str) -> None:
         checkpoint = make_checkpoint(run, self.identity)
         fault_point("save.before_checkpoint")
-        path = self.store.save(checkpoint, name)
+        if run.processes.is_main:
+            self.store.save(checkpoint, name)
         fault_point("save.after_checkpoint")
-        get_logger("training").debug("Saved %s%s.", path, " (best so far)" if is_best else "")
+
+    def _save_shards(self, run: TrainingRun, name: str) -> None:
+        """Every process writes its part into a staging folder, which the main one then lets become `name`."""
+        processes = run.processes
+        fault_point("save.before_checkpoint")
+        own = self.store.stage_shards(name) if processes.is_main else None
+        staging = Path(processes.share(str(own)))
+        try:
+            run.sharing.write_shards(staging)
+            is_finite = run.sharing.is_finite()
+            if processes.is_main:
+                checkpoint = make_checkpoint(run, self.identity, with_tensors=False)
+                self.store.adopt_shards(staging, checkpoint, name, is_finite=is_finite)
+        except BaseException:
+            if processes.is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        fault_point("save.after_checkpoint")
 
 
 def checkpoint_bytes(run: TrainingRun) -> int:
     """Size of one checkpoint: the trained tensors, and Adam's two moments of each."""
-    return 3 * sum(p.numel() * p.element_size() for p in run.parameters) + (1 << 20)
+    return 3 * run.sharing.num_trained_bytes + (1 << 20)
 
 
 def require_disk(run: TrainingRun, folder: Path, keep: int) -> None:

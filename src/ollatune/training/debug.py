@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,11 @@ def debugging(run: TrainingRun, decode: Callable[[Sequence[int]], str]) -> Itera
         masked_text(ids[:end], targets[:end], decode),
     )  # fmt: skip
     row = row_of(batch).to(run.device)
-    for line in module_lines(run.model, lambda step_function: step_function.hidden(row)):
+
+    def compute(step_function: CausalStep) -> Tensor:
+        return run.sharing.within(lambda: step_function.hidden(row))
+
+    for line in module_lines(run.model, compute):
         _LOGGER.debug("%s", line)
     with torch.autograd.set_detect_anomaly(True):
         yield
@@ -89,19 +93,24 @@ def gradient_lines(model: nn.Module) -> Iterator[str]:
     """Name, shape and norm of every trained tensor and of its gradient, after clipping."""
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            yield (
-                f"{name}: {describe(parameter.detach())}; gradient norm {float(parameter.grad.norm()):.4g}"
-            )
+            norm = float(_whole(parameter.grad).norm())
+            yield f"{name}: {describe(parameter.detach())}; gradient norm {norm:.4g}"
 
 
 def describe(tensor: Tensor) -> str:
     """Shape, norm, smallest and largest value, and how many are not finite."""
-    values = tensor.detach().float()
+    values = _whole(tensor.detach()).float()
     bad = int((~torch.isfinite(values)).sum())
     text = f"{list(tensor.shape)} norm {float(values.norm()):.4g}"
     if values.numel():
         text += f", {float(values.min()):.4g} to {float(values.max()):.4g}"
     return text + (f", {bad} NOT FINITE" if bad else "")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may hold a part; every process asks for it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else cast(Tensor, gather())
 
 
 def log_gradients(model: nn.Module) -> None:

@@ -22,11 +22,19 @@ from ollatune.base.errors import (
     Interrupted,
     OllatuneError,
     OutOfMemoryError,
+    StorageError,
     UsageError,
 )
 
 _AGREED = (DivergedError, Interrupted, OutOfMemoryError)
 """Errors that all processes raise together: it does not matter which of them speaks."""
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
+"""What torch says when a partner is gone."""
+
+
+_STORE_SECONDS = 60
 
 
 class Processes:
@@ -43,6 +51,7 @@ class Processes:
         self.count = count
         self.device = device or torch.device("cpu")
         self._store = store
+        self._ended: Exception | None = None
 
     @property
     def is_main(self) -> bool:
@@ -97,6 +106,27 @@ class Processes:
             gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
             offset += gradient.numel()
 
+    def share(self, value: Any) -> Any:
+        """The main process's `value` (what JSON can hold) on every process; the others' is not looked at."""
+        return value if self.count == 1 else self.gather(value if self.is_main else None)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives (what JSON can hold), in their order, on every process."""
+        if self.count == 1:
+            return [value]
+        content = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(content)], device=self.device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: len(content)] = content
+        parts = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(parts, padded)
+        return [
+            json.loads(bytes(part[: int(size)].tolist()))
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
     def barrier(self) -> None:
         if self.count > 1:
             dist.barrier()
@@ -107,17 +137,21 @@ class Processes:
         The first failure is put where all processes see it. The others then fail for want of a partner, and say
         nothing: there is one message, whichever process it comes from.
         """
-        if self.count == 1 or self._store is None or isinstance(error, EndedElsewhereError):
+        if self.count == 1 or self._store is None or error is self._ended:
             return error
+        if isinstance(error, EndedElsewhereError):
+            return error
+        known = error if isinstance(error, OllatuneError) else _own_error(error)
+        self._ended = self._first_error(known)
+        return self._ended
+
+    def _first_error(self, error: Exception) -> Exception:
         code = error.exit_code if isinstance(error, OllatuneError) else 1
         mine = json.dumps({"rank": self.rank, "code": code, "message": str(error)})
         key = f"ollatune/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         try:
             first = json.loads(self._store.compare_set(key, "", mine))
-        except (
-            RuntimeError,
-            ValueError,
-        ):  # the store is gone, and with it the process that held it
+        except (RuntimeError, ValueError):  # the store is gone, and the process that held it
             if isinstance(error, OllatuneError):
                 return error
             return EndedElsewhereError("The first process ended.", exit_code=1)
@@ -130,13 +164,24 @@ class Processes:
         return error
 
 
-def require_backend(name: str) -> None:
-    """Raise UsageError for a way of sharing the work that this version does not have."""
-    if name != "ddp":
-        raise UsageError(
-            f"distributed.backend: {name} is not available in this version.",
-            hint="Use ddp. If the weights do not fit one device, keep them packed: model.quantization: as-served.",
+def _own_error(error: Exception) -> Exception:
+    """What a user is told where the operating system or the connection to another process failed."""
+    text = str(error)
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return StorageError(f"The operating system refused: {error.strerror or text}{where}.")
+    if "timed out" in text.lower():
+        return OllatuneError(
+            "Waiting for another process of this run took longer than distributed.timeout_seconds.",
+            hint="It hangs, or its machine is gone. Go on with --resume auto.",
         )
+    if isinstance(error, RuntimeError) and any(word in text for word in _LOST):
+        return OllatuneError(
+            "The connection to another process of this run was lost: that one was killed, most likely because memory "
+            "ran out, or its machine is gone.",
+            hint="Go on with --resume auto.",
+        )
+    return error
 
 
 def connect_processes(device: torch.device, *, timeout_seconds: int) -> Processes:
@@ -153,7 +198,9 @@ def connect_processes(device: torch.device, *, timeout_seconds: int) -> Processe
     store = None
     if state.num_processes > 1:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = cast(Any, dist).TCPStore(address, port, is_master=False, timeout=timeout)
+        # Asked only when a process ends: whoever holds it may be gone, and nobody should wait long for that.
+        patience = min(timeout, timedelta(seconds=_STORE_SECONDS))
+        store = cast(Any, dist).TCPStore(address, port, is_master=False, timeout=patience)
     return Processes(state.process_index, state.num_processes, device, store)
 
 

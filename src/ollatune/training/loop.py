@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from ollatune.base.errors import DivergedError, Interrupted, OutOfMemoryError
@@ -30,7 +28,6 @@ from ollatune.training.distributed import Processes
 from ollatune.training.interrupts import StopRequest
 from ollatune.training.loss_scale import LossScale
 from ollatune.training.memory_faults import OUT_OF_MEMORY_HINT, is_out_of_memory
-from ollatune.training.optimizer import set_learning_rate
 from ollatune.training.reports import (
     Hooks,
     MicroBatchSums,
@@ -41,6 +38,7 @@ from ollatune.training.reports import (
 )
 from ollatune.training.rows import row_of
 from ollatune.training.schedule import Schedule
+from ollatune.training.sharing import Sharing
 from ollatune.training.state import RunState, seed_step
 from ollatune.training.stopping import EarlyStopping, OverfittingWatch
 
@@ -53,10 +51,7 @@ class TrainingRun:
     """Everything one run needs, built by `training.build`."""
 
     config: Config
-    model: nn.Module
-    step_function: CausalStep
-    parameters: Sequence[nn.Parameter]
-    optimizer: Optimizer
+    sharing: Sharing
     schedule: Schedule
     loader: BatchLoader
     state: RunState
@@ -67,6 +62,14 @@ class TrainingRun:
     processes: Processes
     device: torch.device
     total_steps: int
+
+    @property
+    def model(self) -> nn.Module:
+        return self.sharing.model
+
+    @property
+    def step_function(self) -> CausalStep:
+        return self.sharing.step_function
 
     @property
     def shares_prefixes(self) -> bool:
@@ -183,14 +186,14 @@ class TrainingRun:
 
     def _optimizer_step(self, step: Step, started: float) -> StepReport:
         state, num_targets = self.state, max(1, step.num_target_tokens)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.sharing.zero_grad()
         seed_step(self.config.training.seed, step.position, self.processes.rank)
         sums = self._accumulate(step, num_targets)
         loss_sum, num_tokens, num_computed = self._sum_over_processes(sums)
         mean_loss = loss_sum / num_targets
-        self.processes.sum_gradients(self.parameters)
-        self.loss_scale.unscale(self.parameters)
-        grad_norm = float(self._clip())
+        self.sharing.reduce_gradients()
+        self.loss_scale.unscale(self.sharing.parameters)
+        grad_norm = self.sharing.clip(self.config.training.max_grad_norm)
         if (
             math.isfinite(mean_loss)
             and not math.isfinite(grad_norm)
@@ -200,9 +203,8 @@ class TrainingRun:
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(f"loss {mean_loss}, gradient norm {grad_norm}")
         rate = self.schedule.at(state.step) * state.learning_rate_factor
-        set_learning_rate(self.optimizer, rate)
         with record_function("optimizer"):
-            self.optimizer.step()
+            self.sharing.step(rate)
         self.loss_scale.went_well()
         state.tokens += num_tokens
         state.targets += num_targets
@@ -219,6 +221,7 @@ class TrainingRun:
         sums = MicroBatchSums(torch.zeros((), dtype=torch.float64, device=self.device))
         try:
             batches = step.micro_batches(self.state.split)
+            num_left = len(step.micro_batch_ids) * self.state.split
             while True:
                 started = time.perf_counter()
                 with record_function("data"):
@@ -231,7 +234,8 @@ class TrainingRun:
                 with record_function("forward"):
                     loss = self.step_function.loss_sum(row)
                 with record_function("backward"):
-                    (loss / divisor).backward()
+                    num_left -= 1
+                    self.sharing.backward(loss / divisor, is_last=num_left == 0)
                 sums.loss += loss.detach()
                 if row.num_targets:  # not the placeholder of a process without examples
                     sums.num_tokens += row.num_tokens_unshared
@@ -239,11 +243,17 @@ class TrainingRun:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            if not self.sharing.may_fail_alone:
+                raise OutOfMemoryError(
+                    "Out of memory in the middle of a step that all processes compute together.",
+                    hint=f"Lower training.batch_size. {OUT_OF_MEMORY_HINT}",
+                ) from error
             sums.memory_error = error.with_traceback(None)  # its frames hold the activations
         if fault_point("train.loss"):
             sums.loss.fill_(math.nan)
         if fault_point("train.gradient"):
-            self.parameters[0].grad = torch.full_like(self.parameters[0], math.inf)
+            first = self.sharing.parameters[0]
+            first.grad = torch.full_like(first, math.inf)
         return sums
 
     def _sum_over_processes(self, sums: MicroBatchSums) -> tuple[float, int, int]:
@@ -258,15 +268,11 @@ class TrainingRun:
             raise RanOutOfMemoryError from sums.memory_error
         return loss_sum, int(num_tokens), int(num_computed)
 
-    def _clip(self) -> torch.Tensor:
-        limit = self.config.training.max_grad_norm or math.inf
-        return nn.utils.clip_grad_norm_(list(self.parameters), limit)
-
     def _handle_non_finite(self, step: Step, what: str) -> bool:
         """Apply `on_non_finite`; returns False when the state was rolled back (the step is not counted)."""
         state, action = self.state, self.config.training.on_non_finite
         where = f"step {state.step + 1}: {what}"
-        self.optimizer.zero_grad(set_to_none=True)
+        self.sharing.zero_grad()
         if action == "skip" and state.skipped_in_a_row < MAX_SKIPS_IN_A_ROW:
             state.skipped_in_a_row += 1
             state.num_skipped += 1
@@ -295,7 +301,7 @@ class TrainingRun:
 
     def _shrink_loss_scale(self) -> None:
         """The step changes nothing: its gradients, lifted by the loss scale, left fp16's range."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.sharing.zero_grad()
         self.loss_scale.overflowed()
         self.state.num_overflows += 1
         get_logger("training").info(
@@ -310,7 +316,7 @@ class TrainingRun:
             raise OutOfMemoryError(
                 "Out of memory with one example at a time.", hint=OUT_OF_MEMORY_HINT
             ) from error
-        self.optimizer.zero_grad(set_to_none=True)
+        self.sharing.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.state.split *= 2

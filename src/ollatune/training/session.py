@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from ollatune.modeling.load import Mode
 from ollatune.modeling.opened import OpenBase, open_base
 from ollatune.modeling.peft_format import save_adapter
 from ollatune.modeling.trained import lora_settings
+from ollatune.training.agreement import agreed_checkpoint, digest_of, require_same
+from ollatune.training.backends import require_backend
 from ollatune.training.batch_plan import resumed_plan
 from ollatune.training.build import (
     build_run,
@@ -46,7 +48,6 @@ from ollatune.training.distributed import (
     Processes,
     connect_processes,
     disconnect_processes,
-    require_backend,
 )
 from ollatune.training.environment import (
     choose_device,
@@ -66,6 +67,8 @@ from ollatune.training.run_folder import RunFolder, new_run_id, utc_now
 from ollatune.training.state import RunState
 from ollatune.training.teaching import open_teacher
 from ollatune.training.validation import Metric
+
+Decision = TypeVar("Decision")
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Session:
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns what is in run.json. Raises any OllatuneError, with the status written first."""
-        require_backend(self.config.distributed.backend)
+        require_backend(self.config, distributed=self.distributed)
         self.folder = RunFolder(self.config.output.folder)
         device = choose_device()
         self.processes = Processes(device=device)
@@ -110,7 +113,9 @@ class Session:
             disconnect_processes()
 
     def _run_locked(self, device: torch.device) -> dict[str, Any]:
-        self.run_id = self.resume_from[1].run_id if self.resume_from else new_run_id()
+        self.resume_from = agreed_checkpoint(self.processes, self.resume_from)
+        self.run_id = self.resume_from[1].run_id if self.resume_from else ""
+        self.run_id = self.run_id or self.processes.share(new_run_id())
         self.store = CheckpointStore(
             self.checkpoints,
             keep_best=self.config.training.keep_checkpoints,
@@ -147,7 +152,7 @@ class Session:
     def _train(self, device: torch.device) -> dict[str, Any]:
         logger = get_logger("training")
         num_threads = configure_threads()
-        dtype, reason = choose_dtype(self._dtype_setting(), device)
+        dtype, reason = self._decided(lambda: choose_dtype(self._dtype_setting(), device))
         log_environment(device, dtype, reason, num_threads)
         source = resolve_base(
             self.config.model.base_model,
@@ -163,9 +168,10 @@ class Session:
         )
         if splits.rejections.errors and self.processes.is_main:
             splits.rejections.write(self.folder.path / "rejected.jsonl")
-        mode = choose_mode(self.config, self.base, dtype, device)
+        mode = self._decided(lambda: choose_mode(self.config, self.base, dtype, device))
         placement = Placement(device, dtype, mode)
         self.identity = self._identity(source, splits, dtype, mode, teacher)
+        require_same(self.processes, self._facts())
         plan = None
         if self.resume_from is not None:
             self._check_resume(self.resume_from[1])
@@ -183,6 +189,22 @@ class Session:
             require_disk(run, self.checkpoints, self.config.training.keep_checkpoints)
             self._open_run(splits)
         return self._loop(run)
+
+    def _decided(self, choose: Callable[[], Decision]) -> Decision:
+        """What the main process chooses: two that measure the same machine may come to different ends."""
+        chosen: Decision = self.processes.share(choose() if self.processes.is_main else None)
+        return chosen
+
+    def _facts(self) -> dict[str, str]:
+        """What would make processes go apart where it differs."""
+        config = self.identity.config
+        kept = ("training", "advanced", "validation", "distributed")
+        return {
+            "base weights": self.identity.base["digest"],
+            "training data": self.identity.data_digest,
+            "settings": digest_of({key: config[key] for key in kept}),
+            "package versions": digest_of(package_versions()),
+        }
 
     def _dtype_setting(self) -> str:
         """A resumed run computes in the type it began with, on whatever machine it goes on."""
@@ -321,12 +343,16 @@ class Session:
         return report.loss
 
     def _save(self, state: RunState, name: str, is_best: bool) -> None:
-        if self.processes.is_main:
-            self.saver.save(self.run_state, name, is_best)
+        self.saver.save(self.run_state, name, is_best)
         self.processes.barrier()
 
     def _roll_back(self) -> RunState:
-        path, checkpoint = newest_checkpoint(self.checkpoints)
+        newest = None
+        if self.processes.is_main:
+            newest = newest_checkpoint(self.checkpoints, with_tensors=False)
+        agreed = agreed_checkpoint(self.processes, newest)
+        assert agreed is not None
+        path, checkpoint = agreed
         restore(self.run_state, checkpoint)
         if self.recorder is not None:
             self.recorder.rolled_back(self.run_state)

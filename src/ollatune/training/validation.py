@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from ollatune.data.batching import Batch
-from ollatune.modeling.fast.forward import CausalStep, evaluation_mode, generate_greedy
-from ollatune.training.distributed import Processes
+from ollatune.modeling.fast.forward import evaluation_mode
 from ollatune.training.rows import row_of
+from ollatune.training.sharing import Sharing
 
 Metric = Callable[[str, str], float]
 """From (answer, expected answer) to a score between 0 and 1."""
@@ -48,8 +47,7 @@ class Validator:
     else the first `num_samples`.
     """
 
-    step_function: CausalStep
-    model: nn.Module
+    sharing: Sharing
     batches: Callable[[], Iterable[Batch]]
     prompts: Sequence[SamplePrompt]
     num_samples: int
@@ -57,27 +55,27 @@ class Validator:
     decode: Callable[[Sequence[int]], str]
     stop_ids: frozenset[int]
     max_new_tokens: int
-    processes: Processes
     device: torch.device
 
     def validate(self) -> ValidationReport:
-        """Loss over all batches; answers on the main process only."""
+        """Loss over all batches; answers where there are prompts. Every process calls it, and learns the same."""
+        step_function, processes = self.sharing.step_function, self.sharing.processes
         loss_sum, num_correct, num_targets = 0.0, 0, 0
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.sharing.model):
             for batch in self.batches():
-                row = row_of(batch, share=self.step_function.can_share).to(self.device)
-                if not row.num_targets:
-                    continue
-                loss, correct = self.step_function.evaluate(row)
+                row = row_of(batch, share=step_function.can_share).to(self.device)
+                if not row.num_targets and not self.sharing.needs_all:
+                    continue  # others may need this process to compute with them all the same
+                loss, correct = step_function.evaluate(row)
                 loss_sum += loss
                 num_correct += correct
                 num_targets += row.num_targets
         totals = torch.tensor([loss_sum, num_correct, num_targets], dtype=torch.float64)
-        loss_sum, correct_sum, target_sum = self.processes.sum_tensor(
-            totals.to(self.processes.device)
+        loss_sum, correct_sum, target_sum = processes.sum_tensor(
+            totals.to(processes.device)
         ).tolist()
         loss = loss_sum / max(1.0, target_sum)
-        answers = self._answers() if self.processes.is_main else []
+        answers = self._answers()
         scores = {
             name: sum(metric(a["answer"], a["expected"]) for a in answers) / len(answers)
             for name, metric in self.metrics.items()
@@ -94,18 +92,14 @@ class Validator:
 
     def _answers(self) -> list[dict[str, Any]]:
         prompts = self.prompts if self.metrics else self.prompts[: self.num_samples]
+        if not prompts:
+            return []
+        answers = self.sharing.answers(
+            [prompt.prompt_ids for prompt in prompts],
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=self.stop_ids,
+        )
         return [
-            {
-                "prompt": prompt.prompt,
-                "expected": prompt.expected,
-                "answer": self.decode(
-                    generate_greedy(
-                        self.model,
-                        prompt.prompt_ids,
-                        max_new_tokens=self.max_new_tokens,
-                        stop_ids=self.stop_ids,
-                    )
-                ),
-            }
-            for prompt in prompts
+            {"prompt": prompt.prompt, "expected": prompt.expected, "answer": self.decode(answer)}
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]

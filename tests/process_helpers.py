@@ -1,0 +1,74 @@
+"""Runs of several gloo processes on this machine, started as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import TCPStore
+
+NO_DROPOUT = ("--set", "advanced.lora_dropout=0")
+
+
+def launch(
+    count: int,
+    arguments: list[str],
+    *,
+    faults: dict[int, str] | None = None,
+    folders: list[Path] | None = None,
+) -> list[tuple[int, str]]:
+    """Exit code and stderr of each of `count` processes, started as torchrun starts them, without its own watching.
+
+    As torchrun's agent does, this process holds the store that they meet at, on a port that nobody else can take.
+    """
+    store = TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
+    processes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(count):
+            environment = os.environ | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "OMP_NUM_THREADS": "1", "OLLATUNE_FAULT": (faults or {}).get(rank, ""),
+            }  # fmt: skip
+            # Files, not pipes: a full pipe would hold up the one process and with it all others.
+            with Path(folder, str(rank)).open("wb") as errors:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "ollatune", *map(str, arguments), "--distributed"],
+                        env=environment,
+                        cwd=None if folders is None else folders[rank],
+                        stdout=subprocess.DEVNULL,
+                        stderr=errors,
+                    )
+                )
+        try:
+            codes = [process.wait(timeout=600) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        return [(code, Path(folder, str(rank)).read_text()) for rank, code in enumerate(codes)]
+
+
+def with_sizes(command: list[str], batch: int, accumulation: int) -> list[str]:
+    return [
+        *command, "--batch-size", str(batch), "--gradient-accumulation-steps", str(accumulation),
+    ]  # fmt: skip
+
+
+def assert_same_losses(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> None:
+    assert [s["num_targets"] for s in left] == [s["num_targets"] for s in right]
+    assert [s["num_tokens"] for s in left] == [s["num_tokens"] for s in right]
+    assert [s["loss"] for s in left] == pytest.approx([s["loss"] for s in right], rel=1e-5)
+    assert [s["grad_norm"] for s in left] == pytest.approx(
+        [s["grad_norm"] for s in right], rel=1e-4
+    )
