@@ -2,15 +2,15 @@
 
     python benchmarks/gguf.py --json
 
-prints one JSON object: `header_ratio`, `decode_ratio` by type (reference time over ours, so larger is better),
-`encode_time_ratio` (llama.cpp's time over ours) and `encode_rmse_ratio` (our error over llama.cpp's) by type.
+prints one JSON object: `header_ratio`; `decode_ratio` by type (reference time over ours, so larger is better; into
+memory that is kept with all threads or one, and into new memory); `encode_time_ratio` (llama.cpp's time over ours) and
+`encode_rmse_ratio` (our error over llama.cpp's) by type.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from benchmarks.gguf_codecs import (  # noqa: E402
     measure_encoding,
 )
 from benchmarks.gguf_header import measure_header  # noqa: E402
+from benchmarks.results import save  # noqa: E402
 
 
 def main() -> None:
@@ -37,19 +38,22 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, help="rounds that count (%(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
+    parser.add_argument("--threads", type=int, help="torch threads to decode with (torch's own)")
     parser.add_argument("--types", nargs="*", help="only these tensor types")
+    parser.add_argument("--save", action="store_true", help="write a dated file to results/")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     decoded = [name for name in DECODED_TYPES if name in (arguments.types or DECODED_TYPES)]
     encoded = [name for name in ENCODED_TYPES if name in (arguments.types or ENCODED_TYPES)]
     result: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": arguments.threads,
+        "threads": torch.get_num_threads(),
         **measure_header(),
         **measure_decoding(decoded, rounds=arguments.rounds),
         **measure_encoding(encoded, rounds=arguments.rounds),
     }
+    if arguments.save:
+        print(save("gguf", result), file=sys.stderr)
     if arguments.json:
         print(json.dumps(result))
         return

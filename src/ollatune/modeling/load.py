@@ -189,7 +189,11 @@ def decode_into(target: Tensor, blocks: Tensor, info: TensorInfo, rule: TensorRu
         for start in range(0, rows, piece_rows):
             piece = slice(start, start + piece_rows)
             stored = stack_blocks[piece] if order is None else stack_blocks[order[piece]]
-            stack_target[piece] = dequantize(stored, info.type, dtype=target.dtype)
+            part = stack_target[piece]
+            if part.is_contiguous():
+                dequantize(stored, info.type, out=part)
+            else:
+                part.copy_(dequantize(stored, info.type, dtype=target.dtype))
 
 
 def _tie_head(model: PreTrainedModel) -> None:

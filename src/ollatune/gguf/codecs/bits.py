@@ -10,6 +10,7 @@ import math
 import threading
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,19 @@ _ALIGNMENT = 64
 _arena = _Arena()
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As `torch.empty`. On a CPU from numpy, which asks the system for huge pages, as torch does not.
+
+    The first touch of memory in small pages takes longer than decoding into it.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size_bytes + _ALIGNMENT, dtype=np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[first : first + size_bytes]).view(dtype).view(shape)
+
+
 def begin_chunk() -> None:
     """Make the memory of all temporaries of this thread free again."""
     _arena.begin()
@@ -102,19 +116,13 @@ def shifted_right(planes_PM: Tensor, *shifts: int) -> Tensor:
     return torch.bitwise_right_shift(lanes_P1M, shifts_S1, out=out).flatten(0, 1)
 
 
-def masked(planes_PM: Tensor, *masks: int) -> Tensor:
-    """int64 [P * len(masks), M]: every plane's bits under each mask, given as a byte."""
-    lanes_P1M, masks_S1, out = _spread(planes_PM, tuple(lanes(mask) for mask in masks))
-    return torch.bitwise_and(lanes_P1M, masks_S1, out=out).flatten(0, 1)
-
-
 def interleave(planes_PM: Tensor, run_bytes: int) -> Tensor:
-    """uint8, flat: runs of `run_bytes` (16 or more) taken from each plane in turn."""
+    """int8, flat: runs of `run_bytes` (16 or more) taken from each plane in turn."""
     # complex128 is the widest element there is: the copy then moves 16 bytes at a time.
     runs_PRW = planes_PM.view(torch.complex128).view(planes_PM.shape[0], -1, run_bytes // 16)
     num_planes, num_runs, width = runs_PRW.shape
     out = temporary((num_runs, num_planes * width), torch.complex128, planes_PM.device)
-    return torch.cat(runs_PRW.unbind(0), dim=1, out=out).view(torch.uint8).view(-1)
+    return torch.cat(runs_PRW.unbind(0), dim=1, out=out).view(torch.int8).view(-1)
 
 
 def half_column(blocks_NB: Tensor, first_byte: int) -> Tensor:
@@ -157,7 +165,7 @@ def spread_bits(bytes_: Tensor, bit: int) -> Tensor:
 
 
 def look_up(table: Tensor, keys: Tensor) -> Tensor:
-    """The entries of a one-dimensional `table` that the uint8 `keys` name, flat."""
+    """The entries of a one-dimensional `table` that the keys (uint8, or int8 of 0 and above) name, flat."""
     size = (keys.numel(),)
     indices = temporary(size, torch.int32, keys.device).copy_(keys.reshape(-1))
     out = temporary(size, table.dtype, keys.device)
