@@ -3,8 +3,8 @@
     python benchmarks/memory.py --json
 
 prints one JSON object; its `rows` have `shape`, `mode` (packed, bf16 or fp32), `peak_mb`, `file_mb` and
-`tokens_per_second`. Every row runs in a process of its own. A row that cannot fit the machine's memory says so in
-`note` and has no figures.
+`tokens_per_second`. A packed base computes in the number type that training would choose here (`computes_in`). Every
+row runs in a process of its own. A row that cannot fit the machine's memory says so in `note` and has no figures.
 """
 
 from __future__ import annotations
@@ -23,13 +23,21 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the folder has a fi
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from benchmarks.results import save  # noqa: E402
 from benchmarks.shaped_models import SHAPES, write_shaped_model  # noqa: E402
 
-MODES = {"packed": torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
+MODES = ("packed", "bf16", "fp32")
 MEGABYTE = 1e6
 RESERVED_BYTES = 2 << 30  # of the available memory, for everything besides the weights
 PACKED_ALLOWANCE_BYTES = 3 << 30  # what packed training may take beyond the file
 LORA_RANK = 8
+
+
+def computation_type(mode: str) -> str:
+    """bf16 or fp32."""
+    from ollatune.training.environment import choose_dtype
+
+    return choose_dtype("auto", torch.device("cpu"))[0] if mode == "packed" else mode
 
 
 def peak_bytes() -> int:
@@ -49,12 +57,14 @@ def run_row(
     from ollatune.modeling.fast.segments import Segment
     from ollatune.modeling.load import load_base_model
     from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters
+    from ollatune.training.environment import DTYPES
 
+    dtype = computation_type(mode)
     vocabulary = SHAPES[shape_name].vocabulary
     with GGUFFile.open(path) as file:
         started = time.perf_counter()
         kind = "packed" if mode == "packed" else "dense"
-        model = load_base_model(file, mode=kind, dtype=MODES[mode])
+        model = load_base_model(file, mode=kind, dtype=DTYPES[dtype])
         load_seconds = time.perf_counter() - started
         inject_lora(model, LoRASettings(rank=LORA_RANK, alpha=2.0 * LORA_RANK, dropout=0.0), seed=0)
         parameters = [parameter for _, parameter in trainable_parameters(model)]
@@ -78,6 +88,7 @@ def run_row(
             losses.append(float(loss.detach()))
             seconds.append(time.perf_counter() - started)
     return {
+        "computes_in": dtype,
         "peak_mb": round(peak_bytes() / MEGABYTE),
         "tokens_per_second": round(num_tokens / min(seconds), 1),
         "load_seconds": round(load_seconds, 1),
@@ -95,7 +106,9 @@ def row_in_process(
         "shape": shape_name, "mode": mode, "peak_mb": None,
         "file_mb": round(file_bytes / MEGABYTE), "tokens_per_second": None,
     }  # fmt: skip
-    weights = file_bytes if mode == "packed" else shape.num_parameters * MODES[mode].itemsize
+    weights = (
+        file_bytes if mode == "packed" else shape.num_parameters * (2 if mode == "bf16" else 4)
+    )
     available = psutil.virtual_memory().available - RESERVED_BYTES
     if weights > available:
         row["note"] = (
@@ -127,6 +140,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="tokens a step (%(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="steps a row (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where the model files are written meanwhile")
+    parser.add_argument("--save", action="store_true", help="write a dated file to results/")
     parser.add_argument("--row", nargs=3, metavar=("SHAPE", "MODE", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
@@ -146,6 +160,8 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr)
     result = {"rows": rows, "tokens_per_step": arguments.tokens, "cpus": os.cpu_count()}
+    if arguments.save:
+        print(save("memory", result), file=sys.stderr)
     if arguments.json:
         print(json.dumps(result))
         return

@@ -17,8 +17,10 @@ from ollatune.export.apply import ExportResult, apply_export
 from ollatune.export.metadata_edits import DropKey, SetKey
 from ollatune.export.plan import TensorUpdate, plan_export
 from ollatune.export.settle import settle_types
+from ollatune.gguf.codecs import quantize
 from ollatune.gguf.reader import GGUFFile
-from ollatune.gguf.types import GGMLType
+from ollatune.gguf.types import GGMLType, ValueType
+from ollatune.gguf.writer import TensorToWrite, encode_metadata, write_gguf
 from tests.export_cases import (
     Update,
     random_update,
@@ -252,3 +254,32 @@ def test_the_real_model_against_the_reference(smollm2_path: Path, tmp_path: Path
         result = apply_export(plan_export(base, updates), tmp_path / "model.gguf")
         assert_export_is_right(base, result, updates)
     assert result.smallest_recovery == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is Linux's")
+def test_peak_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
+    """Sixteen tensors of 8 MiB in float32, all tuned: the export takes less than five of them at any time."""
+    shape, names = (1024, 2048), [f"blk.{layer}.ffn_up.weight" for layer in range(16)]
+    weights = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    stored = quantize(weights, GGMLType.Q8_0).numpy().tobytes()
+    tensors = [TensorToWrite(name, shape, GGMLType.Q8_0, lambda: [stored]) for name in names]
+    records = [encode_metadata("general.architecture", "llama", ValueType.STRING)]
+    write_gguf(tmp_path / "base.gguf", records, tensors)
+    step = 0.002 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    updates = [Update(name, shape, lambda base: base + step) for name in names]
+    with GGUFFile.open(tmp_path / "base.gguf") as base:
+        plan = plan_export(base, updates, tensor_type="q8_0")
+        apply_export(plan, tmp_path / "warm.gguf")  # what the codecs keep for themselves
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = _memory_bytes("VmRSS")
+        apply_export(plan, tmp_path / "model.gguf")
+        grown = _memory_bytes("VmHWM") - before
+    assert grown < 5 * weights.nbytes, f"{grown / weights.nbytes:.1f} tensors"
+
+
+def _memory_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(key)

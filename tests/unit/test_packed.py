@@ -134,6 +134,39 @@ def test_works_under_activation_checkpointing() -> None:
     assert torch.equal(wrapped[1], expected[1])
 
 
+def test_a_repeated_forward_pass_decodes_for_the_backward_pass_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With no room for decoded weights they are decoded once more; the results are the same."""
+    decoded: list[int] = []
+    monkeypatch.setattr(
+        packed, "dequantize", lambda *a, **k: decoded.append(1) or dequantize(*a, **k)
+    )
+    layers = [make_layer(in_features=256, out_features=256)[0] for _ in range(3)]
+    inputs = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
+
+    def run() -> tuple[Tensor, Tensor, int]:
+        decoded.clear()
+        blocks = [nn.Sequential(layer, nn.SiLU(), layer) for layer in layers]
+
+        def forward(x: Tensor) -> Tensor:
+            for block in blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return x
+
+        outputs, gradient = outputs_and_gradient(forward, inputs)  # type: ignore[arg-type]
+        return outputs, gradient, len(decoded)
+
+    kept = run()
+    monkeypatch.setattr(packed, "KEPT_BYTES", 0)
+    not_kept = run()
+    # Six forward, three repeated (the last layer of a block keeps nothing, so it is not), six backward.
+    assert (kept[2], not_kept[2]) == (12, 15)
+    assert torch.equal(kept[0], not_kept[0])
+    assert torch.equal(kept[1], not_kept[1])
+    assert packed._local.backward == {}
+
+
 def test_autocast_casts_as_torch_does() -> None:
     layer, dense = make_layer()
     inputs = torch.randn(4, 512)

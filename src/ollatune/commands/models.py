@@ -7,7 +7,7 @@ from typing import Any
 
 from ollatune.base.errors import OllatuneError, UsageError
 from ollatune.base.log import get_logger
-from ollatune.base.text import format_bytes, format_count
+from ollatune.base.text import format_bytes, format_count, printable
 from ollatune.catalog import Entry, load_catalog
 from ollatune.config.schema import Config, ModelConfig, OllamaConfig
 
@@ -130,20 +130,78 @@ def show_model(name: str, models_folder: Path | None = None) -> dict[str, Any]:
 
 
 def show_text(result: dict[str, Any]) -> str:
-    """The description for a terminal."""
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k}: {v}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = "; ".join(
-                ", ".join(f"{k}: {v}" for k, v in item.items())
-                if isinstance(item, dict)
-                else str(item)
-                for item in value
-            )
-        lines.append(f"{key.replace('_', ' ')}: {value}")
+    """The description for a terminal: a fact a line, and last whether it can be trained here."""
+    rows = [
+        ("model", _joined(result["name"], result["model_name"], result["license"])),
+        ("file", f"{result['path']} ({format_bytes(result['size_bytes'])}, sha256 {result['digest'][:12]})"),
+        ("architecture", _architecture(result)),
+        ("weights", _weights(result)),
+        *(("", _share(row)) for row in result["types"]),
+        ("tokenizer", _tokenizer(result["tokenizer"])),
+        ("template", _template(result)),
+        ("system", result["system"] or ""),
+        ("parameters", ", ".join(f"{key} {value}" for key, value in result["parameters"].items())),
+        ("context", f"{result['context_length']} tokens" if result["context_length"] else "not stated"),
+        ("trainable", "yes" if result["trainable"] else f"no: {result['why_not']}"),
+    ]  # fmt: skip
+    shown = [(label, text) for label, text in rows if text]
+    lines = [f"{label:<13} {printable(text)}" for label, text in shown]
+    if result["trainable"]:
+        lines.append(f"\nNext: ollatune train --model {result['name']} --data YOUR_DATA")
     return "\n".join(lines)
+
+
+def _joined(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _architecture(result: dict[str, Any]) -> str:
+    sizes = {
+        "num_layers": "layers", "hidden_size": "wide", "num_heads": "heads",
+        "num_kv_heads": "key/value heads",
+    }  # fmt: skip
+    known = [f"{result[key]} {word}" for key, word in sizes.items() if result[key] is not None]
+    return _joined(result["architecture"] or "not stated", *known)
+
+
+def _weights(result: dict[str, Any]) -> str:
+    bits = result["bits_per_weight"]
+    return _joined(
+        format_count(result["num_weights"]),
+        result["file_type"],
+        None if bits is None else f"{bits:.2f} bits each",
+        f"in {result['num_parts']} files" if result["num_parts"] > 1 else None,
+    )
+
+
+def _share(row: dict[str, Any]) -> str:
+    tensors = "tensor" if row["num_tensors"] == 1 else "tensors"
+    return (
+        f"{row['type']:<6} {row['share']:>6.1%}  {row['num_tensors']} {tensors}, "
+        f"{format_count(row['num_weights'])} weights, {format_bytes(row['size_bytes'])}"
+    )
+
+
+def _tokenizer(tokenizer: dict[str, Any] | None) -> str:
+    if tokenizer is None:
+        return "none"
+    added = [name for key, name in (("add_bos", "BOS"), ("add_eos", "EOS")) if tokenizer[key]]
+    return _joined(
+        tokenizer["model"],
+        tokenizer["pre"],
+        f"{tokenizer['vocab_size']} tokens" if tokenizer["vocab_size"] else None,
+        f"adds {' and '.join(added)}" if added else None,
+    )
+
+
+def _template(result: dict[str, Any]) -> str:
+    if result["has_ollama_template"]:
+        return "Ollama's TEMPLATE"
+    return (
+        "the file's own (Jinja)"
+        if result["has_chat_template"]
+        else "none: it cannot be asked in turns"
+    )
 
 
 def pull_model(name: str, host: str | None = None) -> dict[str, Any]:

@@ -26,6 +26,10 @@ from ollatune.gguf.types import GGMLType
 _CPU_PIECE_WEIGHTS = 4 << 20
 _GPU_PIECE_WEIGHTS = 64 << 20
 
+KEPT_BYTES = 1 << 30
+"""Most memory for weights decoded by a repeated forward pass (see `_Kept`). A layer of an 8B model takes 0.9 GB in
+float32."""
+
 _local = threading.local()
 
 
@@ -45,6 +49,63 @@ def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     if dtype not in kept or kept[dtype].numel() < rows * columns:
         kept[dtype] = torch.empty(rows * columns, dtype=dtype)
     return kept[dtype][: rows * columns].view(rows, columns)
+
+
+class _Kept:
+    """Whole decoded weights, from the forward pass that activation checkpointing repeats to the backward pass after it.
+
+    A forward pass within a backward pass is such a repetition: the layer's backward pass follows at once, and need not
+    decode again. The memory is used for layer after layer, and let go when the backward pass ends.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[int, Tensor] = {}
+        self.spare: list[Tensor] = []
+        self.size_bytes = 0
+
+    @classmethod
+    def of_this_backward(cls) -> _Kept | None:
+        """None outside of a backward pass."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return None
+        tasks: dict[int, _Kept] = _local.__dict__.setdefault("backward", {})
+        if task not in tasks:
+            tasks[task] = cls()
+            # The engine's own list of what to do at the end, which DDP and FSDP use as well.
+            engine = cast(Any, torch.autograd.Variable)._execution_engine
+            engine.queue_callback(lambda: tasks.pop(task, None))
+        return tasks[task]
+
+    def room_for(
+        self, layer: PackedLinear, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
+        """Memory [O, I] for the layer's weight, to be filled now; None where it would be too much."""
+        shape = layer.out_features, layer.in_features
+        numel = shape[0] * shape[1]
+        for index, spare in enumerate(self.spare):
+            if spare.numel() == numel and spare.dtype == dtype:
+                del self.spare[index]
+                self.weights[id(layer)] = spare.view(shape)
+                return self.weights[id(layer)]
+        needed = numel * dtype.itemsize
+        if self.size_bytes + needed > KEPT_BYTES:
+            return None
+        self.size_bytes += needed
+        self.weights[id(layer)] = torch.empty(shape, dtype=dtype, device=device)
+        return self.weights[id(layer)]
+
+    def find(self, layer: PackedLinear, dtype: torch.dtype) -> Tensor | None:
+        """The layer's weight, if it is here in `dtype`."""
+        weight = self.weights.get(id(layer))
+        return weight if weight is not None and weight.dtype == dtype else None
+
+    def take(self, layer: PackedLinear, dtype: torch.dtype) -> Tensor | None:
+        """As `find`; the next layer may fill the memory."""
+        weight = self.find(layer, dtype)
+        if weight is not None:
+            self.spare.append(self.weights.pop(id(layer)))
+        return weight
 
 
 def _piece_weights(device: torch.device) -> int:
@@ -112,14 +173,29 @@ class PackedLinear(nn.Module):
         """x Wᵀ + b [T, O], without autograd, in the inputs' dtype. Decodes some rows at a time."""
         outputs_TO = inputs_TI.new_empty(inputs_TI.shape[0], self.out_features)
         step = max(1, _piece_weights(self.blocks.device) // self.in_features)
+        kept = _Kept.of_this_backward()
+        whole = None if kept is None else kept.find(self, inputs_TI.dtype)
+        if whole is not None:
+            torch.mm(inputs_TI, whole.T, out=outputs_TO)
+            return outputs_TO if self.bias is None else outputs_TO.add_(self.bias)
+        if kept is not None:
+            whole = kept.room_for(self, inputs_TI.dtype, inputs_TI.device)
         for start in range(0, self.out_features, step):
-            weight = self._decode(self.blocks[start : start + step], inputs_TI.dtype)
+            blocks = self.blocks[start : start + step]
+            if whole is None:
+                weight = self._decode(blocks, inputs_TI.dtype)
+            else:
+                weight = dequantize(blocks, self.ggml_type, out=whole[start : start + step])
             torch.mm(inputs_TI, weight.T, out=outputs_TO[:, start : start + step])
         return outputs_TO if self.bias is None else outputs_TO.add_(self.bias)
 
     @torch.no_grad()
     def matmul_backward(self, gradient_TO: Tensor) -> Tensor:
         """The gradient of `matmul_forward` with respect to its inputs, [T, I]. Decodes some columns at a time."""
+        kept = _Kept.of_this_backward()
+        whole = None if kept is None else kept.take(self, gradient_TO.dtype)
+        if whole is not None:
+            return gradient_TO @ whole
         # Columns, not rows: every element is then one sum, rounded once also in bf16.
         gradient_TI = gradient_TO.new_empty(gradient_TO.shape[0], self.in_features)
         size, size_bytes = self.ggml_type.block_size, self.ggml_type.block_bytes
