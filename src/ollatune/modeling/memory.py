@@ -10,6 +10,7 @@ from ollatune.config.schema import Config
 from ollatune.gguf.reader import GGUFFile
 from ollatune.modeling.architectures import architecture_of
 from ollatune.modeling.fast.loss import CHUNK_LOGITS
+from ollatune.modeling.packed import KEPT_BYTES
 
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _RUNTIME_BYTES = 450 << 20
@@ -103,6 +104,9 @@ def estimate_memory(
         activations = activations // layers + layers * row_tokens * width_bytes * min(
             s[1] for s in linear.values()
         )
+        if mode == "packed":
+            layer = sum(math.prod(shape) for shape in linear.values()) // layers * width_bytes
+            activations += min(KEPT_BYTES, layer)
     vocabulary = max(s[0] for n, s in shapes.items() if "embed" in n)
     logits = 3 * 4 * min(CHUNK_LOGITS, vocabulary * max(1, row_targets))
     return MemoryEstimate(
