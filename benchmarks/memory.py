@@ -5,6 +5,8 @@
 prints one JSON object; its `rows` have `shape`, `mode` (packed, bf16 or fp32), `peak_mb`, `file_mb` and
 `tokens_per_second`. A packed base computes in the number type that training would choose here (`computes_in`). Every
 row runs in a process of its own. A row that cannot fit the machine's memory says so in `note` and has no figures.
+The table can be made in parts: `--save` keeps the rows that a file of the same day has of other shapes and modes, and
+`--keep` the model files in `--folder`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the folder has a fi
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
-from benchmarks.results import save  # noqa: E402
+from benchmarks.results import result_path, save  # noqa: E402
 from benchmarks.shaped_models import SHAPES, write_shaped_model  # noqa: E402
 
 MODES = ("packed", "bf16", "fp32")
@@ -130,6 +133,20 @@ def row_in_process(
     return row
 
 
+def result_of(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is printed and saved."""
+    return {"rows": rows, "tokens_per_step": arguments.tokens, "cpus": os.cpu_count()}
+
+
+def with_earlier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows`, and today's saved ones of other shapes and modes, in the table's order."""
+    path = result_path("memory")
+    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    by_place = {(row["shape"], row["mode"]): row for row in [*earlier, *rows]}
+    places = [(shape, mode) for shape in SHAPES for mode in MODES]
+    return [by_place[place] for place in places if place in by_place]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -140,6 +157,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="tokens a step (%(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="steps a row (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where the model files are written meanwhile")
+    parser.add_argument("--keep", action="store_true", help="keep, and find again, these files")
     parser.add_argument("--save", action="store_true", help="write a dated file to results/")
     parser.add_argument("--row", nargs=3, metavar=("SHAPE", "MODE", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -152,18 +170,22 @@ def main() -> None:
         return
     rows = []
     for shape_name in arguments.shapes:
-        with tempfile.TemporaryDirectory(prefix="ollatune-bench-", dir=arguments.folder) as folder:
-            path = Path(folder) / f"{shape_name}.gguf"
-            write_shaped_model(path, SHAPES[shape_name])
+        with ExitStack() as stack:
+            folder = arguments.folder
+            if not arguments.keep:
+                temporary = tempfile.TemporaryDirectory(prefix="ollatune-bench-", dir=folder)
+                folder = Path(stack.enter_context(temporary))
+            path = Path(folder or tempfile.gettempdir()) / f"{shape_name}.gguf"
+            if not path.exists():
+                write_shaped_model(path, SHAPES[shape_name])
             for mode in arguments.modes:
                 row = row_in_process(shape_name, mode, path, arguments)
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr)
-    result = {"rows": rows, "tokens_per_step": arguments.tokens, "cpus": os.cpu_count()}
-    if arguments.save:
-        print(save("memory", result), file=sys.stderr)
+                if arguments.save:
+                    save("memory", result_of(with_earlier(rows), arguments))
     if arguments.json:
-        print(json.dumps(result))
+        print(json.dumps(result_of(rows, arguments)))
         return
     for row in rows:
         print(

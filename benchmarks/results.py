@@ -35,11 +35,15 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def result_path(name: str) -> Path:
+    """Where `save` puts a result of today."""
+    return FOLDER / f"{datetime.date.today().isoformat()}-{name}.json"
+
+
 def save(name: str, result: dict[str, Any]) -> Path:
     """Write `result` with date and machine to `results/DATE-NAME.json`; one of the same day is replaced."""
-    today = datetime.date.today().isoformat()
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{today}-{name}.json"
-    content = {"benchmark": name, "date": today, "machine": machine(), **result}
+    path = result_path(name)
+    path.parent.mkdir(exist_ok=True)
+    content = {"benchmark": name, "date": path.name[:10], "machine": machine(), **result}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
