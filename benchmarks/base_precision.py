@@ -39,8 +39,8 @@ from ollatune.evaluation.served import LlamaCppServed  # noqa: E402
 from ollatune.export.apply import apply_export  # noqa: E402
 from ollatune.export.metadata_edits import SetKey, edited_records  # noqa: E402
 from ollatune.export.plan import plan_export  # noqa: E402
-from ollatune.export.weights import decode_tensor  # noqa: E402
 from ollatune.gguf.codecs import quantize  # noqa: E402
+from ollatune.gguf.decode import decode_tensor  # noqa: E402
 from ollatune.gguf.reader import GGUFFile  # noqa: E402
 from ollatune.gguf.types import GGMLType, ValueType  # noqa: E402
 from ollatune.gguf.writer import TensorToWrite, write_gguf  # noqa: E402

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ollatune.commands.create_modelfile import ExportOptions, run_create_modelfile
 from ollatune.commands.evaluate import score_served
 from ollatune.commands.train import TrainOptions, run_train
 from ollatune.commands.verify import held_out_samples, load_run, serve_export
 from ollatune.data.conversation import Sample
-from ollatune.evaluation.forgetting import answer_perplexity
-from ollatune.evaluation.score import evaluation_items
+from ollatune.evaluation.score import EvaluationItem, evaluation_items
 from ollatune.evaluation.served import LlamaCppServed
 from ollatune.modeling.opened import OpenBase
 
@@ -75,7 +75,7 @@ def ask(served: LlamaCppServed, samples: Sequence[Sample], end_text: str) -> dic
     report = score_served(served, samples, ["exact_match"], max_tokens=ANSWER_TOKENS)
     found = report.estimates["exact_match"]
     items = evaluation_items(samples[:LOSS_RECORDS])
-    loss = math.log(answer_perplexity(served, items, end_text=end_text))
+    loss = answer_loss(served, items, end_text)
     return {
         "exact_match": round(found.value, 4),
         "exact_match_interval": [round(found.low, 4), round(found.high, 4)],
@@ -83,6 +83,15 @@ def ask(served: LlamaCppServed, samples: Sequence[Sample], end_text: str) -> dic
         "held_out_loss": round(loss, 4),
         "num_loss_records": len(items),
     }
+
+
+def answer_loss(served: LlamaCppServed, items: Sequence[EvaluationItem], end_text: str) -> float:
+    """Nats per token of the expected answers, each with `end_text` after it."""
+    logprobs = []
+    for item in items:
+        target = served.engine.tokenize(item.expected + end_text, add_special=False)
+        logprobs.append(served.engine.target_logprobs(served.render(item.messages), target))
+    return -float(np.concatenate(logprobs).mean(dtype=np.float64))
 
 
 def export_and_ask(
