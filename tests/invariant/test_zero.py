@@ -62,7 +62,6 @@ def start(
     [
         ("lora", 1, 2),
         ("lora", 2, 2),
-        ("lora", 3, 2),
         ("full", 1, 2),
         ("full", 2, 4),
         ("full", 3, 2),
@@ -118,6 +117,7 @@ def test_a_missing_extra_names_the_line_that_installs_it(
     [
         ("fsdp", "training.batch_size=auto", "cannot be measured"),
         ("fsdp", "training.optimizer=adafactor", "does not work on sharded weights"),
+        ("deepspeed", "distributed.zero_stage=3", "trains all weights only"),
         ("deepspeed", "training.on_non_finite=skip", "does not work with DeepSpeed"),
     ],
 )
