@@ -7,6 +7,7 @@ input, its inverse norm, the projections' outputs where attention or the activat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from ollatune.modeling.fast.linear_group import (
     group_backward,
     group_forward,
 )
+from ollatune.modeling.fast.native import kernels as native
 
 
 @dataclass(frozen=True)
@@ -30,24 +32,31 @@ class Norm:
     epsilon: float
     offset: float = 0.0
 
-    @property
+    @cached_property
     def gain_D(self) -> Tensor:
+        """The factor of each feature, in fp32; the weight is frozen, so it is computed once."""
         return self.weight_D.float() + self.offset if self.offset else self.weight_D.float()
 
 
 def norm_forward(norm: Norm, inputs_TD: Tensor) -> tuple[Tensor, Tensor]:
     """The normalised input and 1 / root mean square [T, 1] in fp32."""
+    if native.usable(inputs_TD):
+        return native.norm_forward(inputs_TD, norm.gain_D, norm.epsilon)
     values = inputs_TD.float()
     inverse_T1 = values.square().mean(-1, keepdim=True).add_(norm.epsilon).rsqrt_()
     return norm_apply(norm, inputs_TD, inverse_T1), inverse_T1
 
 
 def norm_apply(norm: Norm, inputs_TD: Tensor, inverse_T1: Tensor) -> Tensor:
+    if native.usable(inputs_TD):
+        return native.norm_apply(inputs_TD, inverse_T1, norm.gain_D)
     return (inputs_TD.float() * inverse_T1).mul_(norm.gain_D).to(inputs_TD.dtype)
 
 
 def norm_backward(norm: Norm, gradient_TD: Tensor, inputs_TD: Tensor, inverse_T1: Tensor) -> Tensor:
     """The gradient of `norm_forward` with respect to its input (the weight is frozen)."""
+    if native.usable(gradient_TD, inputs_TD):
+        return native.norm_backward(gradient_TD, inputs_TD, inverse_T1, norm.gain_D)
     gained = gradient_TD.float() * norm.gain_D
     values = inputs_TD.float()
     mean_T1 = (gained * values).mean(-1, keepdim=True).mul_(inverse_T1.square())

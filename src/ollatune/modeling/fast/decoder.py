@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ollatune.modeling.fast.blocks import Norm, gated_mlp, projections, rms_norm
 from ollatune.modeling.fast.linear_group import LinearGroup, fuse_weights
 from ollatune.modeling.fast.packed_attention import AttentionShape, tree_attention
-from ollatune.modeling.fast.segments import Segment
+from ollatune.modeling.fast.segments import Segment, SegmentTable
 from ollatune.modeling.lora import LoRALinear
 
 SUPPORTED_MODELS = (
@@ -143,10 +143,11 @@ class FastDecoder:
         """
         stream_TD = cast(Tensor, self.backbone.embed_tokens(input_ids_T[None]))[0]
         rotaries = self._rotaries(stream_TD, position_ids_T)
+        table = SegmentTable(segments)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             chosen = targets_N if index == last else None
-            arguments = (stream_TD, layer, rotaries[layer.kind], segments, chosen)
+            arguments = (stream_TD, layer, rotaries[layer.kind], table, chosen)
             if self.recompute and torch.is_grad_enabled():
                 stream_TD = cast(Tensor, checkpoint(self._layer, *arguments, use_reentrant=False))
             else:
@@ -154,14 +155,15 @@ class FastDecoder:
         return rms_norm(stream_TD, self.final_norm)
 
     def _rotaries(self, stream_TD: Tensor, position_ids_T: Tensor) -> dict[str, Rotary]:
-        """Cosine and sine [T, half] by kind of layer, as the model's own module computes them."""
+        """Cosine and sine [T, half] by kind of layer, as the model's own module computes them, in fp32."""
         rotary_module = self.backbone.rotary_emb
         kinds = sorted({layer.kind for layer in self.layers})
         by_kind = type(self.model).__name__ == "Gemma3ForCausalLM"
         rotaries: dict[str, Rotary] = {}
         for kind in kinds:
             extra = (kind,) if by_kind else ()
-            cosine, sine = rotary_module(stream_TD[None], position_ids_T[None], *extra)
+            like_T = stream_TD[:1].float()  # tells the module device and dtype only
+            cosine, sine = rotary_module(like_T[None], position_ids_T[None], *extra)
             half = cosine.shape[-1] // 2
             rotaries[kind] = (cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous())
         return rotaries
@@ -171,12 +173,12 @@ class FastDecoder:
         stream_TD: Tensor,
         layer: _Layer,
         rotary: Rotary,
-        segments: list[Segment],
+        table: SegmentTable,
         chosen_N: Tensor | None,
     ) -> Tensor:
         outputs = projections(stream_TD, layer.before_attention, layer.qkv)
         query, key, value = self._query_key_value(layer, outputs)
-        attended_TO = tree_attention(query, key, value, rotary, segments, layer.shape)
+        attended_TO = tree_attention(query, key, value, rotary, table, layer.shape)
         if chosen_N is not None:
             attended_TO = attended_TO.index_select(0, chosen_N)
             stream_TD = stream_TD.index_select(0, chosen_N)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ollatune.modeling.fast.native import kernels as native
 from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_forward
 
 
@@ -159,16 +160,32 @@ def group_backward(
 def _frozen_gradient(group: LinearGroup, gradients_TO: Sequence[Tensor]) -> Tensor:
     fused = _fused_weight(group)
     if fused is not None:
-        joined_TO = (
-            gradients_TO[0] if len(gradients_TO) == 1 else torch.cat(list(gradients_TO), dim=1)
-        )
-        return joined_TO @ fused
+        return _joined(gradients_TO) @ fused
     total: Tensor | None = None
     for layer, gradient_TO in zip(group.layers, gradients_TO, strict=True):
         part = frozen_backward(_base(layer), gradient_TO)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
+
+
+def _joined(tensors_TO: Sequence[Tensor]) -> Tensor:
+    """The tensors side by side; where they are neighbours in one tensor already, that tensor."""
+    first = tensors_TO[0]
+    if len(tensors_TO) == 1:
+        return first
+    columns, storage = 0, first.untyped_storage().data_ptr()
+    for tensor in tensors_TO:
+        if (
+            tensor.untyped_storage().data_ptr() != storage
+            or tensor.stride() != first.stride()
+            or tensor.storage_offset() != first.storage_offset() + columns
+        ):
+            return torch.cat(list(tensors_TO), dim=1)
+        columns += tensor.shape[1]
+    if columns > first.stride(0):
+        return torch.cat(list(tensors_TO), dim=1)
+    return first.as_strided((first.shape[0], columns), first.stride(), first.storage_offset())
 
 
 def dropped_input(
@@ -184,6 +201,8 @@ def dropped_input(
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) · up; `activation` is `silu` or `gelu_tanh`."""
+    if native.usable(gate, up):
+        return native.gated(gate, up, activation)
     if activation == "silu":
         return functional.silu(gate).mul_(up)
     return functional.gelu(gate, approximate="tanh").mul_(up)
@@ -193,6 +212,8 @@ def gated_backward(
     gradient: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `gated` with respect to gate and up."""
+    if native.usable(gradient, gate, up):
+        return native.gated_backward(gradient, gate, up, activation)
     if activation == "silu":
         activated = functional.silu(gate)
         d_up = gradient * activated

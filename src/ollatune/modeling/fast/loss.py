@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ollatune.modeling.fast.native import kernels as native
 from ollatune.modeling.lora import frozen_backward, frozen_forward
 
 CHUNK_LOGITS = 16 << 20
@@ -79,7 +80,7 @@ class _HeadLoss(torch.autograd.Function):
         )
         total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         vocabulary = cast(int, cast(Any, head).out_features)
-        rows = max(1, CHUNK_LOGITS // vocabulary)
+        rows = _chunk_rows(hidden_ND.shape[0], vocabulary)
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
             chunk_nD = hidden_ND[part]
@@ -106,6 +107,13 @@ class _HeadLoss(torch.autograd.Function):
         return hidden, weight, None, None, None, None
 
 
+def _chunk_rows(count: int, vocabulary: int) -> int:
+    """Positions computed at a time: as many as fit, in chunks of about equal size."""
+    largest = max(1, CHUNK_LOGITS // vocabulary)
+    chunks = max(1, -(-count // largest))
+    return max(1, -(-count // chunks))
+
+
 def _scaled(tensor_ND: Tensor, factor: Tensor) -> Tensor:
     """The product in the tensor's dtype; a loss scale alone may be beyond fp16."""
     if tensor_ND.dtype == torch.float16:
@@ -126,6 +134,11 @@ def _chunk_loss(
     `part` are the chunk's positions in `lesson`.
     """
     dtype = logits_nV.dtype
+    if lesson is None and native.usable(logits_nV):
+        losses_n = native.cross_entropy(
+            logits_nV, targets_n, settings.softcap, settings.smoothing, needs_gradient
+        )
+        return losses_n.sum(), logits_nV if needs_gradient else None
     logits_nV = logits_nV.float()
     slope_nV: Tensor | None = None
     if settings.softcap is not None:
@@ -195,7 +208,7 @@ def head_evaluate(
 ) -> tuple[float, int]:
     """Loss sum without smoothing, and how many targets are the likeliest token."""
     plain = HeadSettings(settings.softcap)
-    rows = max(1, CHUNK_LOGITS // cast(int, cast(Any, head).out_features))
+    rows = _chunk_rows(hidden_ND.shape[0], cast(int, cast(Any, head).out_features))
     loss_sum, num_correct = 0.0, 0
     for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
         logits_nV = frozen_forward(head, hidden)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ollatune.modeling.fast.attention import causal_mask
-from ollatune.modeling.fast.segments import Segment
+from ollatune.modeling.fast.native import kernels as native
+from ollatune.modeling.fast.segments import Segment, SegmentTable
 
 _BLOCK_ROWS = 96
 """Most rows of a block: few enough to skip much of the masked half, enough for a matrix product to be efficient."""
@@ -56,6 +57,47 @@ def _blocks(segments: list[Segment]) -> list[_Block]:
             own = (segment.start, offset + length)
             blocks.append(_Block(segment.start + offset, length, (*segment.ancestors, own)))
     return blocks
+
+
+class _NativeTreeAttention(torch.autograd.Function):
+    """The compiled kernels. Rotates its inputs in place: they are the projections' outputs, which nobody else reads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_TO: Tensor,
+        key_TO: Tensor,
+        value_TO: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        table: SegmentTable,
+        shape: AttentionShape,
+    ) -> Tensor:
+        native.rotate(query_TO, shape.head_size, rotary, sign=1.0, scale=shape.scale)
+        native.rotate(key_TO, shape.head_size, rotary, sign=1.0, scale=1.0)
+        output_TO, normalisers_HT = _native_call(query_TO, key_TO, value_TO, table, shape).forward()
+        ctx.save_for_backward(query_TO, key_TO, value_TO, output_TO, normalisers_HT, *rotary)
+        ctx.table, ctx.shape = table, shape
+        return output_TO
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TO: Tensor) -> Any:
+        query, key, value, output, normalisers, cosine, sine = ctx.saved_tensors
+        shape: AttentionShape = ctx.shape
+        call = _native_call(query, key, value, ctx.table, shape)
+        d_query, d_key, d_value = call.backward(gradient_TO, output, normalisers)
+        rotary = (cosine, sine)
+        native.rotate(d_query, shape.head_size, rotary, sign=-1.0, scale=shape.scale)
+        native.rotate(d_key, shape.head_size, rotary, sign=-1.0, scale=1.0)
+        return d_query, d_key, d_value, None, None, None
+
+
+def _native_call(
+    query_TO: Tensor, key_TO: Tensor, value_TO: Tensor, table: SegmentTable, shape: AttentionShape
+) -> native.AttentionCall:
+    return native.AttentionCall(
+        query_TO, key_TO, value_TO, table, shape.head_size,
+        window=shape.window, softcap=shape.softcap,
+    )  # fmt: skip
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -189,15 +231,19 @@ def tree_attention(
     key_TO: Tensor,
     value_TO: Tensor,
     rotary: tuple[Tensor, Tensor],
-    segments: list[Segment],
+    table: SegmentTable,
     shape: AttentionShape,
 ) -> Tensor:
     """Rotate queries and keys, attend along the tree: [T, H·D].
 
     Args:
-        query_TO: [T, H·D]; key_TO, value_TO: [T, G·D], before rotation.
-        rotary: cosine and sine [T, half] for half of the rotated part of a head.
-        segments: cover the T tokens.
+        query_TO: [T, H·D]; key_TO, value_TO: [T, G·D], before rotation; they may be changed in place.
+        rotary: cosine and sine [T, half] for half of the rotated part of a head, in fp32.
+        table: of the segments that cover the T tokens.
     """
-    result = cast(Any, _TreeAttention).apply(query_TO, key_TO, value_TO, rotary, segments, shape)
-    return cast(Tensor, result)
+    if native.attention_fits(shape.head_size, (query_TO, key_TO, value_TO)):
+        function, segments = cast(Any, _NativeTreeAttention), cast(Any, table)
+    else:
+        function, segments = cast(Any, _TreeAttention), table.segments
+        rotary = (rotary[0].to(query_TO.dtype), rotary[1].to(query_TO.dtype))
+    return cast(Tensor, function.apply(query_TO, key_TO, value_TO, rotary, segments, shape))

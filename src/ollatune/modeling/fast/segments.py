@@ -54,6 +54,42 @@ class Tree:
     places: list[Tokens]
 
 
+class SegmentTable:
+    """The segments of a row as arrays, for compiled code; made once per row.
+
+    Segments of one tree stand together, the largest tree first, so that work shared out in order is even.
+    """
+
+    def __init__(self, segments: list[Segment]) -> None:
+        trees: dict[int, list[Segment]] = {}
+        for segment in segments:
+            root = segment.ancestors[0][0] if segment.ancestors else segment.start
+            trees.setdefault(root, []).append(segment)
+        ordered = sorted(trees.values(), key=lambda tree: -sum(s.length for s in tree))
+        flat = [segment for tree in ordered for segment in tree]
+        self.segments = segments
+        self.num_units = len(ordered)
+        ranges = [r for segment in flat for r in segment.ancestors]
+        position = np.empty(sum(s.length for s in flat), np.int32)
+        for segment in flat:
+            end = segment.start + segment.length
+            position[segment.start : end] = np.arange(segment.length) + segment.depth
+        self._arrays = [
+            np.cumsum([0, *(len(tree) for tree in ordered)], dtype=np.int32),
+            np.array([s.start for s in flat], np.int32),
+            np.array([s.length for s in flat], np.int32),
+            np.cumsum([0, *(len(s.ancestors) for s in flat)], dtype=np.int32),
+            np.array([start for start, _ in ranges], np.int32),
+            np.array([length for _, length in ranges], np.int32),
+            position,
+        ]
+
+    @property
+    def pointers(self) -> list[int]:
+        """Addresses of unit_at, start, length, range_at, range_start, range_length and position (all int32)."""
+        return [array.ctypes.data for array in self._arrays]
+
+
 def lay_out(examples: Sequence[Tokens], *, share: bool) -> Tree:
     """Put examples (token ids, each at least one) into one row, common beginnings once if `share`."""
     if share and len(examples) > 1:

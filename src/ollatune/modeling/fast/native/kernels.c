@@ -1,0 +1,603 @@
+// The parts of a bf16 training step that are neither large matrix products nor worth a chain of torch operators.
+//
+// Plain C on pointers, so that it compiles in seconds and does not depend on a torch version. Every kernel splits its
+// rows or heads over threads in a fixed way and sums in a fixed order: the same input gives the same bits for any number
+// of threads. All arithmetic is in fp32; bf16 is what is read and written, rounded to nearest even.
+//
+// Shapes: T positions, D width, H query heads, G key heads (H a multiple of G), d head size.
+
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+typedef __m512 v16;
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE __mmask16 tail(long left) { return left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1); }
+
+INLINE v16 load_bf16(const bf16 *p, __mmask16 m) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+}
+
+INLINE __m256i to_bf16(v16 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+INLINE void store_bf16(bf16 *p, v16 x, __mmask16 m) { _mm256_mask_storeu_epi16(p, m, to_bf16(x)); }
+
+INLINE v16 rounded(v16 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(x)), 16));
+}
+
+INLINE v16 set1(float x) { return _mm512_set1_ps(x); }
+
+// exp(x) to about 2 ulp: 2^n · p(r), |r| <= ln2 / 2, Taylor of degree 6 (relative error 1e-7).
+INLINE v16 exp16(v16 x) {
+    x = _mm512_max_ps(_mm512_min_ps(x, set1(88.7f)), set1(-104.0f));
+    v16 n = _mm512_roundscale_ps(_mm512_mul_ps(x, set1(1.44269504088896f)), 0);
+    v16 r = _mm512_fnmadd_ps(n, set1(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, set1(-2.12194440e-4f), r);
+    v16 p = set1(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, set1(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, set1(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, set1(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, set1(0.5f));
+    p = _mm512_fmadd_ps(p, r, set1(1.0f));
+    p = _mm512_fmadd_ps(p, r, set1(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+INLINE v16 sigmoid16(v16 x) {
+    return _mm512_div_ps(set1(1.0f), _mm512_add_ps(set1(1.0f), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+// tanh(x) = 2 sigmoid(2x) - 1
+INLINE v16 tanh16(v16 x) { return _mm512_fmsub_ps(set1(2.0f), sigmoid16(_mm512_add_ps(x, x)), set1(1.0f)); }
+
+// ---------------------------------------------------------------- RMSNorm
+
+// sum = x + residual (if given), y = sum · inverse · gain, inverse = 1 / sqrt(mean(sum²) + epsilon); x [T, D] has a row
+// stride, everything else is contiguous. `y` may be null: then only sum and inverse are wanted.
+void norm_forward(const bf16 *x, long x_stride, const bf16 *residual, bf16 *sum, const float *gain, float epsilon,
+                  bf16 *y, float *inverse, long T, long D, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long t = 0; t < T; t++) {
+        const bf16 *xt = x + t * x_stride;
+        v16 squares = _mm512_setzero_ps();
+        for (long i = 0; i < D; i += 16) {
+            __mmask16 m = tail(D - i);
+            v16 v = load_bf16(xt + i, m);
+            if (residual) {
+                v = rounded(_mm512_add_ps(v, load_bf16(residual + t * D + i, m)));
+                store_bf16(sum + t * D + i, v, m);
+            }
+            squares = _mm512_fmadd_ps(v, v, squares);
+        }
+        float scale = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)D + epsilon);
+        inverse[t] = scale;
+        if (!y) continue;
+        const bf16 *st = residual ? sum + t * D : xt;
+        for (long i = 0; i < D; i += 16) {
+            __mmask16 m = tail(D - i);
+            v16 v = _mm512_mul_ps(load_bf16(st + i, m), set1(scale));
+            store_bf16(y + t * D + i, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(m, gain + i)), m);
+        }
+    }
+}
+
+// y = x · inverse · gain, with the inverse that `norm_forward` gave.
+void norm_apply(const bf16 *x, const float *inverse, const float *gain, bf16 *y, long T, long D, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long t = 0; t < T; t++) {
+        for (long i = 0; i < D; i += 16) {
+            __mmask16 m = tail(D - i);
+            v16 v = _mm512_mul_ps(load_bf16(x + t * D + i, m), set1(inverse[t]));
+            store_bf16(y + t * D + i, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(m, gain + i)), m);
+        }
+    }
+}
+
+// dx = inverse · (dy · gain − x · inverse² · mean(dy · gain · x)) + extra (if given); dx may be dy or extra.
+void norm_backward(const bf16 *dy, const bf16 *x, const float *inverse, const float *gain, const bf16 *extra,
+                   bf16 *dx, long T, long D, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long t = 0; t < T; t++) {
+        v16 dot = _mm512_setzero_ps();
+        for (long i = 0; i < D; i += 16) {
+            __mmask16 m = tail(D - i);
+            v16 g = _mm512_mul_ps(load_bf16(dy + t * D + i, m), _mm512_maskz_loadu_ps(m, gain + i));
+            dot = _mm512_fmadd_ps(g, load_bf16(x + t * D + i, m), dot);
+        }
+        float inv = inverse[t];
+        float mean = _mm512_reduce_add_ps(dot) / (float)D * inv * inv;
+        for (long i = 0; i < D; i += 16) {
+            __mmask16 m = tail(D - i);
+            v16 g = _mm512_mul_ps(load_bf16(dy + t * D + i, m), _mm512_maskz_loadu_ps(m, gain + i));
+            v16 v = _mm512_fnmadd_ps(load_bf16(x + t * D + i, m), set1(mean), g);
+            v16 base = extra ? load_bf16(extra + t * D + i, m) : _mm512_setzero_ps();
+            store_bf16(dx + t * D + i, _mm512_fmadd_ps(v, set1(inv), base), m);
+        }
+    }
+}
+
+// ---------------------------------------------------------------- gated activation
+
+enum { SILU = 0, GELU_TANH = 1 };
+
+// The activation's value and, by `slope`, its derivative.
+INLINE v16 activate(v16 x, int kind, v16 *slope) {
+    if (kind == SILU) {
+        v16 s = sigmoid16(x);
+        v16 value = _mm512_mul_ps(x, s);
+        *slope = _mm512_add_ps(s, _mm512_mul_ps(value, _mm512_sub_ps(set1(1.0f), s)));
+        return value;
+    }
+    const v16 c = set1(0.7978845608028654f), k = set1(0.044715f);
+    v16 x2 = _mm512_mul_ps(x, x);
+    v16 inner = _mm512_mul_ps(_mm512_mul_ps(c, x), _mm512_fmadd_ps(k, x2, set1(1.0f)));
+    v16 t = tanh16(inner);
+    v16 half = _mm512_fmadd_ps(set1(0.5f), t, set1(0.5f));
+    v16 d_inner = _mm512_mul_ps(c, _mm512_fmadd_ps(set1(3 * 0.044715f), x2, set1(1.0f)));
+    v16 sech2 = _mm512_fnmadd_ps(t, t, set1(1.0f));
+    *slope = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(set1(0.5f), x), sech2), d_inner, half);
+    return _mm512_mul_ps(x, half);
+}
+
+// product = activation(gate) · up; gate and up [T, F] share a row stride, the product is contiguous.
+void gated_forward(const bf16 *gate, const bf16 *up, long stride, bf16 *product, int kind, long T, long F, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long t = 0; t < T; t++) {
+        for (long i = 0; i < F; i += 16) {
+            __mmask16 m = tail(F - i);
+            v16 slope, a = activate(load_bf16(gate + t * stride + i, m), kind, &slope);
+            store_bf16(product + t * F + i, _mm512_mul_ps(a, load_bf16(up + t * stride + i, m)), m);
+        }
+    }
+}
+
+// d_gate, d_up [T, F] (row stride `d_stride`) from d_product.
+void gated_backward(const bf16 *d_product, const bf16 *gate, const bf16 *up, long stride, bf16 *d_gate, bf16 *d_up,
+                    long d_stride, int kind, long T, long F, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long t = 0; t < T; t++) {
+        for (long i = 0; i < F; i += 16) {
+            __mmask16 m = tail(F - i);
+            v16 d = load_bf16(d_product + t * F + i, m), u = load_bf16(up + t * stride + i, m);
+            v16 slope, a = activate(load_bf16(gate + t * stride + i, m), kind, &slope);
+            store_bf16(d_gate + t * d_stride + i, _mm512_mul_ps(_mm512_mul_ps(d, u), slope), m);
+            store_bf16(d_up + t * d_stride + i, _mm512_mul_ps(d, a), m);
+        }
+    }
+}
+
+// ---------------------------------------------------------------- cross-entropy
+
+// Loss of each row of logits [N, V], and (if `gradient`) the logits replaced by the loss's gradient.
+// softcap > 0: logits become softcap · tanh(logits / softcap) first. smoothing: label smoothing.
+void cross_entropy(bf16 *logits, const int64_t *targets, double *losses, float softcap, float smoothing, int gradient,
+                   long N, long V, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++) {
+        bf16 *row = logits + n * V;
+        const v16 cap = set1(softcap), inverse_cap = set1(softcap > 0 ? 1 / softcap : 0);
+        v16 top = set1(-INFINITY);
+        for (long i = 0; i < V; i += 16) {
+            __mmask16 m = tail(V - i);
+            top = _mm512_mask_max_ps(top, m, top, load_bf16(row + i, m));
+        }
+        float highest = _mm512_reduce_max_ps(top);
+        if (softcap > 0) highest = softcap * tanhf(highest / softcap);
+        // Sums of up to 1024 terms in fp32, those in double: the loss keeps its digits for any vocabulary.
+        double total = 0, plain = 0;
+        for (long begin = 0; begin < V; begin += 16384) {
+            long end = begin + 16384 < V ? begin + 16384 : V;
+            v16 sum = _mm512_setzero_ps(), values = _mm512_setzero_ps();
+            for (long i = begin; i < end; i += 16) {
+                __mmask16 m = tail(V - i);
+                v16 x = load_bf16(row + i, m);
+                if (softcap > 0) x = _mm512_mul_ps(cap, tanh16(_mm512_mul_ps(x, inverse_cap)));
+                sum = _mm512_mask_add_ps(sum, m, sum, exp16(_mm512_sub_ps(x, set1(highest))));
+                values = _mm512_mask_add_ps(values, m, values, x);
+            }
+            total += _mm512_reduce_add_ps(sum);
+            plain += _mm512_reduce_add_ps(values);
+        }
+        double normaliser = highest + log(total);
+        union { uint32_t u; float f; } picked = {(uint32_t)row[targets[n]] << 16};
+        if (softcap > 0) picked.f = softcap * tanhf(picked.f / softcap);
+        losses[n] = normaliser - (1 - smoothing) * (double)picked.f - smoothing * plain / (double)V;
+        if (!gradient) continue;
+        const v16 shift = set1((float)normaliser), even = set1(smoothing / (float)V);
+        for (long i = 0; i < V; i += 16) {
+            __mmask16 m = tail(V - i);
+            v16 x = load_bf16(row + i, m), slope = set1(1.0f);
+            if (softcap > 0) {
+                v16 t = tanh16(_mm512_mul_ps(x, inverse_cap));
+                slope = _mm512_fnmadd_ps(t, t, slope);
+                x = _mm512_mul_ps(cap, t);
+            }
+            v16 g = _mm512_sub_ps(exp16(_mm512_sub_ps(x, shift)), even);
+            long offset = targets[n] - i;
+            if (offset >= 0 && offset < 16) g = _mm512_mask_sub_ps(g, 1u << offset, g, set1(1 - smoothing));
+            store_bf16(row + i, _mm512_mul_ps(g, slope), m);
+        }
+    }
+}
+
+// ---------------------------------------------------------------- rotary embedding
+
+// Rotate the first 2·half of every head of x [T, heads · d] in place and multiply all of it by `scale`; `sign` −1 turns
+// back. cosine and sine: [T, half] in fp32.
+void rotate(bf16 *x, long stride, long heads, long d, const float *cosine, const float *sine, long half, float sign,
+            float scale, long T, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long t = 0; t < T; t++) {
+        for (long h = 0; h < heads; h++) {
+            bf16 *head = x + t * stride + h * d;
+            for (long i = 0; i < half; i += 16) {
+                __mmask16 m = tail(half - i);
+                v16 a = load_bf16(head + i, m), b = load_bf16(head + half + i, m);
+                v16 c = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, cosine + t * half + i), set1(scale));
+                v16 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, sine + t * half + i), set1(scale * sign));
+                store_bf16(head + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), m);
+                store_bf16(head + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), m);
+            }
+            if (scale == 1.0f) continue;
+            for (long i = 2 * half; i < d; i += 16) {
+                __mmask16 m = tail(d - i);
+                store_bf16(head + i, _mm512_mul_ps(load_bf16(head + i, m), set1(scale)), m);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- products of small tiles
+
+// C[m][n] (+)= Σ_k A[m][k] · B[k][n] where k counts pairs of bf16 in an int32: A is broadcast, B and C lie along lanes.
+#define TILE(M, N)                                                                                                     \
+    static void tile_##M##_##N(float *C, long ldc, const int32_t *A, long a_row, long a_pair, const int32_t *B,        \
+                               long ldb, long pairs, int add) {                                                        \
+        v16 c[M][N];                                                                                                   \
+        for (int m = 0; m < M; m++)                                                                                    \
+            for (int n = 0; n < N; n++) c[m][n] = add ? _mm512_loadu_ps(C + m * ldc + 16 * n) : _mm512_setzero_ps();   \
+        for (long k = 0; k < pairs; k++) {                                                                             \
+            __m512i b[N];                                                                                              \
+            for (int n = 0; n < N; n++) b[n] = _mm512_loadu_si512(B + k * ldb + 16 * n);                               \
+            for (int m = 0; m < M; m++) {                                                                              \
+                __m512i a = _mm512_set1_epi32(A[m * a_row + k * a_pair]);                                              \
+                for (int n = 0; n < N; n++) c[m][n] = _mm512_dpbf16_ps(c[m][n], (__m512bh)a, (__m512bh)b[n]);          \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int m = 0; m < M; m++)                                                                                    \
+            for (int n = 0; n < N; n++) _mm512_storeu_ps(C + m * ldc + 16 * n, c[m][n]);                               \
+    }
+#define TILES(M) TILE(M, 1) TILE(M, 2) TILE(M, 3) TILE(M, 4)
+TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
+
+typedef void (*tile_fn)(float *, long, const int32_t *, long, long, const int32_t *, long, long, int);
+#define ROW(M) {tile_##M##_1, tile_##M##_2, tile_##M##_3, tile_##M##_4}
+static const tile_fn tiles[6][4] = {ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6)};
+
+// M × lanes (a multiple of 16) of C.
+static void product(float *C, long ldc, const int32_t *A, long a_row, long a_pair, const int32_t *B, long ldb,
+                    long M, long lanes, long pairs, int add) {
+    for (long n = 0; n < lanes; n += 64) {
+        long vectors = (lanes - n < 64 ? lanes - n : 64) / 16;
+        for (long m = 0; m < M; m += 6) {
+            long rows = M - m < 6 ? M - m : 6;
+            tiles[rows - 1][vectors - 1](C + m * ldc + n, ldc, A + m * a_row, a_row, a_pair, B + n, ldb, pairs, add);
+        }
+    }
+}
+
+// ---------------------------------------------------------------- attention along trees of segments
+
+enum { QUERIES = 64, KEYS = 64 };
+
+// What both passes are given. Rows of q, k, v and of the outputs have a stride; q is rotated and scaled, k rotated.
+// Segment s is rows [start[s], start[s] + length[s]); it sees the ranges [range_at[s], range_at[s + 1]) of
+// range_start / range_length and itself up to the row. Units are trees of segments: [unit_at[u], unit_at[u + 1]).
+typedef struct {
+    const bf16 *q, *k, *v;
+    long q_stride, k_stride, v_stride;
+    long T, H, G, d;
+    long units;
+    const int32_t *unit_at, *start, *length, *range_at, *range_start, *range_length, *position;
+    long window;  // positions a query sees, itself included; 0: all
+    float softcap;
+    int threads;
+} Attention;
+
+// [rows, d] → pairs of neighbouring columns in lanes of rows: out[d / 2][QUERIES], zero beyond the rows.
+static void transpose_pairs(int32_t *out, const bf16 *x, long stride, long rows, long d) {
+    memset(out, 0, sizeof(int32_t) * QUERIES * (d / 2));
+    for (long r = 0; r < rows; r++) {
+        const int32_t *from = (const int32_t *)(x + r * stride);
+        for (long i = 0; i < d / 2; i++) out[i * QUERIES + r] = from[i];
+    }
+}
+
+// [rows, d] → pairs of neighbouring rows: out[ceil(rows / 2)][d]; the row after the last is zero.
+static void interleave_rows(int32_t *out, const bf16 *x, long stride, long rows, long d) {
+    for (long r = 0; r < rows; r += 2) {
+        const bf16 *a = x + r * stride, *b = a + stride;
+        for (long i = 0; i < d; i += 16) {
+            __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(a + i)));
+            __m512i high = r + 1 < rows ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(b + i)))
+                                        : _mm512_setzero_si512();
+            _mm512_storeu_si512(out + r / 2 * d + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+    }
+}
+
+// fp32 columns [d][QUERIES] times a factor by lane → bf16 rows.
+static void write_rows(bf16 *out, long stride, const float *columns, const float *factor, long rows, long d) {
+    float line[16][16] __attribute__((aligned(64)));
+    for (long r = 0; r < rows; r += 16) {
+        for (long i = 0; i < d; i += 16) {
+            for (long j = 0; j < 16; j++) {
+                v16 x = _mm512_loadu_ps(columns + (i + j) * QUERIES + r);
+                if (factor) x = _mm512_mul_ps(x, _mm512_loadu_ps(factor + r));
+                _mm512_store_ps(line[j], x);
+            }
+            const __m512i index = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+            for (long l = 0; l < 16 && r + l < rows; l++) {
+                v16 x = _mm512_i32gather_ps(index, &line[0][l], 4);
+                _mm256_storeu_si256((void *)(out + (r + l) * stride + i), to_bf16(x));
+            }
+        }
+    }
+}
+
+// One block of scores, keys along rows and queries along lanes: soft-capped, −inf where a query may not see the key.
+// `slope`: the soft cap's derivative, if wanted.
+static void scores(float *S, float *slope, const Attention *a, const bf16 *k, const int32_t *queries, long count,
+                   long lanes, const int32_t *key_position, const int32_t *query_position, int masked) {
+    product(S, QUERIES, (const int32_t *)k, a->k_stride / 2, 1, queries, QUERIES, count, lanes, a->d / 2, 0);
+    if (a->softcap > 0) {
+        const v16 cap = set1(a->softcap), inverse = set1(1 / a->softcap);
+        for (long j = 0; j < count; j++) {
+            for (long n = 0; n < lanes; n += 16) {
+                v16 t = tanh16(_mm512_mul_ps(_mm512_loadu_ps(S + j * QUERIES + n), inverse));
+                _mm512_storeu_ps(S + j * QUERIES + n, _mm512_mul_ps(t, cap));
+                if (slope) _mm512_storeu_ps(slope + j * QUERIES + n, _mm512_fnmadd_ps(t, t, set1(1.0f)));
+            }
+        }
+    }
+    if (!masked) return;
+    for (long n = 0; n < lanes; n += 16) {
+        __m512i q = _mm512_loadu_si512(query_position + n);
+        for (long j = 0; j < count; j++) {
+            __m512i distance = _mm512_sub_epi32(q, _mm512_set1_epi32(key_position[j]));
+            __mmask16 hidden = _mm512_cmplt_epi32_mask(distance, _mm512_setzero_si512());
+            if (a->window) hidden |= _mm512_cmpge_epi32_mask(distance, _mm512_set1_epi32((int)a->window));
+            float *at = S + j * QUERIES + n;
+            _mm512_storeu_ps(at, _mm512_mask_blend_ps(hidden, _mm512_loadu_ps(at), set1(-INFINITY)));
+        }
+    }
+}
+
+// Walks over what a block of queries sees: next() gives up to KEYS rows at a time.
+typedef struct {
+    const Attention *a;
+    long segment, range, offset, last_row;
+    long row, count;
+    int masked;
+} Walk;
+
+static Walk walk_from(const Attention *a, long segment, long last_row) {
+    Walk w = {a, segment, a->range_at[segment], 0, last_row, 0, 0, 0};
+    return w;
+}
+
+static int next(Walk *w) {
+    const Attention *a = w->a;
+    while (w->range <= a->range_at[w->segment + 1]) {
+        int own = w->range == a->range_at[w->segment + 1];
+        long start = own ? a->start[w->segment] : a->range_start[w->range];
+        long length = own ? w->last_row + 1 - start : a->range_length[w->range];
+        if (w->offset < length) {
+            w->row = start + w->offset;
+            w->count = length - w->offset < KEYS ? length - w->offset : KEYS;
+            w->offset += w->count;
+            w->masked = own || a->window;
+            return 1;
+        }
+        w->range++;
+        w->offset = 0;
+    }
+    return 0;
+}
+
+// Whether no query of the block sees any of the keys, because all are further back than the window.
+static int out_of_window(const Attention *a, const Walk *w, long first_query) {
+    return a->window && a->position[first_query] - a->position[w->row + w->count - 1] >= a->window;
+}
+
+static long padded_positions(int32_t *out, const Attention *a, long row, long rows) {
+    for (long r = 0; r < QUERIES; r++) out[r] = r < rows ? a->position[row + r] : -1;
+    return (rows + 15) / 16 * 16;
+}
+
+// P[count][QUERIES] fp32 → pairs of neighbouring keys; an odd count is filled up with zeros.
+static void pack_key_pairs(int32_t *out, const float *P, long count, long lanes) {
+    for (long j = 0; j < count; j += 2) {
+        for (long n = 0; n < lanes; n += 16) {
+            __m512i low = _mm512_cvtepu16_epi32(to_bf16(_mm512_loadu_ps(P + j * QUERIES + n)));
+            __m512i high = j + 1 < count ? _mm512_cvtepu16_epi32(to_bf16(_mm512_loadu_ps(P + (j + 1) * QUERIES + n)))
+                                         : _mm512_setzero_si512();
+            _mm512_storeu_si512(out + j / 2 * QUERIES + n, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+    }
+}
+
+static void forward_block(const Attention *a, long h, long segment, long row, long rows, bf16 *out, long out_stride,
+                          float *lse, char *scratch) {
+    long d = a->d;
+    float *S = (float *)scratch, *O = S + KEYS * QUERIES;
+    int32_t *Q = (int32_t *)(O + d * QUERIES), *P = Q + d / 2 * QUERIES, *V = P + KEYS / 2 * QUERIES;
+    float top[QUERIES], sum[QUERIES], factor[QUERIES];
+    int32_t query_position[QUERIES];
+    long lanes = padded_positions(query_position, a, row, rows), g = h / (a->H / a->G);
+    transpose_pairs(Q, a->q + row * a->q_stride + h * d, a->q_stride, rows, d);
+    for (long n = 0; n < lanes; n++) top[n] = -INFINITY, sum[n] = 0;
+    int first = 1;
+    for (Walk w = walk_from(a, segment, row + rows - 1); next(&w);) {
+        if (out_of_window(a, &w, row)) continue;
+        const bf16 *keys = a->k + w.row * a->k_stride + g * d, *values = a->v + w.row * a->v_stride + g * d;
+        int masked = w.masked && (a->window || w.row + w.count - 1 > row);
+        scores(S, 0, a, keys, Q, w.count, lanes, a->position + w.row, query_position, masked);
+        for (long n = 0; n < lanes; n += 16) {
+            v16 before = _mm512_loadu_ps(top + n), now = before, total = _mm512_setzero_ps();
+            for (long j = 0; j < w.count; j++) now = _mm512_max_ps(now, _mm512_loadu_ps(S + j * QUERIES + n));
+            // A lane that has seen nothing yet has −inf as its maximum; 0 instead keeps its weights at exp(−inf) = 0.
+            v16 shift = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(now, set1(-INFINITY), _CMP_EQ_OQ), now, _mm512_setzero_ps());
+            for (long j = 0; j < w.count; j++) {
+                float *at = S + j * QUERIES + n;
+                v16 s = _mm512_loadu_ps(at);
+                v16 p = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(s, set1(-INFINITY), _CMP_NEQ_OQ), exp16(_mm512_sub_ps(s, shift)));
+                _mm512_storeu_ps(at, p);
+                total = _mm512_add_ps(total, p);
+            }
+            v16 alpha = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(before, set1(-INFINITY), _CMP_NEQ_OQ), exp16(_mm512_sub_ps(before, shift)));
+            _mm512_storeu_ps(top + n, now);
+            _mm512_storeu_ps(sum + n, _mm512_fmadd_ps(_mm512_loadu_ps(sum + n), alpha, total));
+            if (!first && _mm512_cmp_ps_mask(alpha, set1(1.0f), _CMP_NEQ_OQ))
+                for (long i = 0; i < d; i++)
+                    _mm512_storeu_ps(O + i * QUERIES + n, _mm512_mul_ps(_mm512_loadu_ps(O + i * QUERIES + n), alpha));
+        }
+        pack_key_pairs(P, S, w.count, lanes);
+        interleave_rows(V, values, a->v_stride, w.count, d);
+        product(O, QUERIES, V, 1, d, P, QUERIES, d, lanes, (w.count + 1) / 2, !first);
+        first = 0;
+    }
+    for (long n = 0; n < lanes; n++) factor[n] = 1 / sum[n];
+    for (long n = 0; n < rows; n++) lse[h * a->T + row + n] = top[n] + logf(sum[n]);
+    write_rows(out + row * out_stride + h * d, out_stride, O, factor, rows, d);
+}
+
+static size_t scratch_size(long d) {
+    return sizeof(float) * (size_t)(3 * KEYS * QUERIES + d * QUERIES + 2 * d / 2 * QUERIES + 4 * KEYS * QUERIES + 4 * KEYS * d) + 4096;
+}
+
+// out [T, H · d] and lse [H, T], the logarithm of each query's sum of exponentials. Returns 0, or 1 without memory.
+int attention_forward(const Attention *a, bf16 *out, long out_stride, float *lse) {
+    int failed = 0;
+#pragma omp parallel num_threads(a->threads)
+    {
+        char *scratch = aligned_alloc(64, (scratch_size(a->d) + 63) / 64 * 64);
+        if (!scratch) failed = 1;
+#pragma omp for schedule(dynamic, 1) collapse(2)
+        for (long u = 0; u < a->units; u++)
+            for (long h = 0; h < a->H; h++) {
+                if (!scratch) continue;
+                for (long s = a->unit_at[u]; s < a->unit_at[u + 1]; s++)
+                    for (long r = 0; r < a->length[s]; r += QUERIES)
+                        forward_block(a, h, s, a->start[s] + r, a->length[s] - r < QUERIES ? a->length[s] - r : QUERIES,
+                                      out, out_stride, lse, scratch);
+            }
+        free(scratch);
+    }
+    return failed;
+}
+
+static void backward_block(const Attention *a, long h, long segment, long row, long rows, const bf16 *d_out,
+                           const bf16 *out, long out_stride, const float *lse, bf16 *dq, long dq_stride, float *dk,
+                           float *dv, char *scratch) {
+    long d = a->d;
+    float *S = (float *)scratch, *dP = S + KEYS * QUERIES, *slope = dP + KEYS * QUERIES, *dQ = slope + KEYS * QUERIES;
+    int32_t *Q = (int32_t *)(dQ + d * QUERIES), *dO = Q + d / 2 * QUERIES, *dS_pairs = dO + d / 2 * QUERIES;
+    bf16 *P_rows = (bf16 *)(dS_pairs + KEYS / 2 * QUERIES), *dS_rows = P_rows + KEYS * QUERIES;
+    int32_t *Q_rows = (int32_t *)(dS_rows + KEYS * QUERIES), *dO_rows = Q_rows + QUERIES / 2 * d, *K_rows = dO_rows + QUERIES / 2 * d;
+    float normaliser[QUERIES], delta[QUERIES];
+    int32_t query_position[QUERIES];
+    long lanes = padded_positions(query_position, a, row, rows), g = h / (a->H / a->G);
+    const bf16 *q = a->q + row * a->q_stride + h * d, *gradient = d_out + row * out_stride + h * d;
+    transpose_pairs(Q, q, a->q_stride, rows, d);
+    transpose_pairs(dO, gradient, out_stride, rows, d);
+    interleave_rows(Q_rows, q, a->q_stride, rows, d);
+    interleave_rows(dO_rows, gradient, out_stride, rows, d);
+    for (long n = 0; n < lanes; n++) normaliser[n] = n < rows ? lse[h * a->T + row + n] : INFINITY, delta[n] = 0;
+    for (long n = 0; n < rows; n++) {
+        v16 dot = _mm512_setzero_ps();
+        for (long i = 0; i < d; i += 16)
+            dot = _mm512_fmadd_ps(load_bf16(gradient + n * out_stride + i, 0xFFFF),
+                                  load_bf16(out + (row + n) * out_stride + h * d + i, 0xFFFF), dot);
+        delta[n] = _mm512_reduce_add_ps(dot);
+    }
+    int first = 1;
+    long row_pairs = (rows + 1) / 2;
+    for (Walk w = walk_from(a, segment, row + rows - 1); next(&w);) {
+        if (out_of_window(a, &w, row)) continue;
+        const bf16 *keys = a->k + w.row * a->k_stride + g * d, *values = a->v + w.row * a->v_stride + g * d;
+        int masked = w.masked && (a->window || w.row + w.count - 1 > row);
+        scores(S, slope, a, keys, Q, w.count, lanes, a->position + w.row, query_position, masked);
+        product(dP, QUERIES, (const int32_t *)values, a->v_stride / 2, 1, dO, QUERIES, w.count, lanes, d / 2, 0);
+        for (long j = 0; j < w.count; j++) {
+            for (long n = 0; n < lanes; n += 16) {
+                long at = j * QUERIES + n;
+                v16 s = _mm512_sub_ps(_mm512_loadu_ps(S + at), _mm512_loadu_ps(normaliser + n));
+                v16 p = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(s, set1(-INFINITY), _CMP_NEQ_OQ), exp16(s));
+                v16 ds = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(dP + at), _mm512_loadu_ps(delta + n)));
+                if (a->softcap > 0) ds = _mm512_mul_ps(ds, _mm512_loadu_ps(slope + at));
+                _mm256_storeu_si256((void *)(P_rows + at), to_bf16(p));
+                _mm256_storeu_si256((void *)(dS_rows + at), to_bf16(ds));
+                _mm512_storeu_ps(S + at, ds);
+            }
+        }
+        pack_key_pairs(dS_pairs, S, w.count, lanes);
+        interleave_rows(K_rows, keys, a->k_stride, w.count, d);
+        long at = w.row * d;
+        product(dv + at, d, (const int32_t *)P_rows, QUERIES / 2, 1, dO_rows, d, w.count, d, row_pairs, 1);
+        product(dk + at, d, (const int32_t *)dS_rows, QUERIES / 2, 1, Q_rows, d, w.count, d, row_pairs, 1);
+        product(dQ, QUERIES, K_rows, 1, d, dS_pairs, QUERIES, d, lanes, (w.count + 1) / 2, !first);
+        first = 0;
+    }
+    write_rows(dq + row * dq_stride + h * d, dq_stride, dQ, 0, rows, d);
+}
+
+// Gradients of q, k, v (rows with the strides of dq, dk, dv) from that of `out`. Returns 0, or 1 without memory.
+//
+// Each head of a unit sums its own dk and dv; the heads that share a key head are added afterwards, in order.
+int attention_backward(const Attention *a, const bf16 *d_out, const bf16 *out, long out_stride, const float *lse,
+                       bf16 *dq, bf16 *dk, bf16 *dv, long dq_stride, long dk_stride, long dv_stride) {
+    long each = a->T * a->d, repeats = a->H / a->G;
+    float *sums = malloc(sizeof(float) * (size_t)(2 * a->H * each));
+    if (!sums) return 1;
+    int failed = 0;
+#pragma omp parallel num_threads(a->threads)
+    {
+        char *scratch = aligned_alloc(64, (scratch_size(a->d) + 63) / 64 * 64);
+        if (!scratch) failed = 1;
+#pragma omp for schedule(static)
+        for (long h = 0; h < 2 * a->H; h++) memset(sums + h * each, 0, sizeof(float) * (size_t)each);
+#pragma omp for schedule(dynamic, 1) collapse(2)
+        for (long u = 0; u < a->units; u++)
+            for (long h = 0; h < a->H; h++) {
+                if (!scratch) continue;
+                for (long s = a->unit_at[u]; s < a->unit_at[u + 1]; s++)
+                    for (long r = 0; r < a->length[s]; r += QUERIES)
+                        backward_block(a, h, s, a->start[s] + r, a->length[s] - r < QUERIES ? a->length[s] - r : QUERIES,
+                                       d_out, out, out_stride, lse, dq, dq_stride, sums + h * each,
+                                       sums + (a->H + h) * each, scratch);
+            }
+#pragma omp for schedule(static) collapse(2)
+        for (long t = 0; t < a->T; t++)
+            for (long g = 0; g < a->G; g++)
+                for (long i = 0; i < a->d; i += 16) {
+                    v16 k = _mm512_setzero_ps(), v = _mm512_setzero_ps();
+                    for (long h = g * repeats; h < (g + 1) * repeats; h++) {
+                        k = _mm512_add_ps(k, _mm512_loadu_ps(sums + h * each + t * a->d + i));
+                        v = _mm512_add_ps(v, _mm512_loadu_ps(sums + (a->H + h) * each + t * a->d + i));
+                    }
+                    _mm256_storeu_si256((void *)(dk + t * dk_stride + g * a->d + i), to_bf16(k));
+                    _mm256_storeu_si256((void *)(dv + t * dv_stride + g * a->d + i), to_bf16(v));
+                }
+        free(scratch);
+    }
+    free(sums);
+    return failed;
+}
