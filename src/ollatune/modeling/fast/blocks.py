@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ollatune.modeling.fast.linear_group import (
+    Kept,
     LinearGroup,
-    dropped_input,
     gated,
     gated_backward,
     group_backward,
     group_forward,
+    joined,
 )
 from ollatune.modeling.fast.native import kernels as native
 
@@ -44,23 +45,24 @@ def norm_forward(norm: Norm, inputs_TD: Tensor) -> tuple[Tensor, Tensor]:
         return native.norm_forward(inputs_TD, norm.gain_D, norm.epsilon)
     values = inputs_TD.float()
     inverse_T1 = values.square().mean(-1, keepdim=True).add_(norm.epsilon).rsqrt_()
-    return norm_apply(norm, inputs_TD, inverse_T1), inverse_T1
+    return _normed(norm, inputs_TD, inverse_T1), inverse_T1
 
 
-def norm_apply(norm: Norm, inputs_TD: Tensor, inverse_T1: Tensor) -> Tensor:
-    if native.usable(inputs_TD):
-        return native.norm_apply(inputs_TD, inverse_T1, norm.gain_D)
-    return (inputs_TD.float() * inverse_T1).mul_(norm.gain_D).to(inputs_TD.dtype)
-
-
-def norm_backward(norm: Norm, gradient_TD: Tensor, inputs_TD: Tensor, inverse_T1: Tensor) -> Tensor:
-    """The gradient of `norm_forward` with respect to its input (the weight is frozen)."""
+def norm_backward(
+    norm: Norm, gradient_TD: Tensor, inputs_TD: Tensor, inverse_T1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `norm_forward` with respect to its input (the weight is frozen), and its value again."""
     if native.usable(gradient_TD, inputs_TD):
         return native.norm_backward(gradient_TD, inputs_TD, inverse_T1, norm.gain_D)
     gained = gradient_TD.float() * norm.gain_D
     values = inputs_TD.float()
     mean_T1 = (gained * values).mean(-1, keepdim=True).mul_(inverse_T1.square())
-    return gained.addcmul_(values, mean_T1, value=-1).mul_(inverse_T1).to(inputs_TD.dtype)
+    gradient = gained.addcmul_(values, mean_T1, value=-1).mul_(inverse_T1).to(inputs_TD.dtype)
+    return gradient, _normed(norm, inputs_TD, inverse_T1)
+
+
+def _normed(norm: Norm, inputs_TD: Tensor, inverse_T1: Tensor) -> Tensor:
+    return (inputs_TD.float() * inverse_T1).mul_(norm.gain_D).to(inputs_TD.dtype)
 
 
 class _NormFunction(torch.autograd.Function):
@@ -74,7 +76,7 @@ class _NormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         inputs, inverse = ctx.saved_tensors
-        return norm_backward(ctx.norm, gradient, inputs, inverse), None
+        return norm_backward(ctx.norm, gradient, inputs, inverse)[0], None
 
 
 def rms_norm(inputs: Tensor, norm: Norm) -> Tensor:
@@ -93,26 +95,25 @@ class _Projections(torch.autograd.Function):
             normed_TD, inverse = inputs_TD, None
         else:
             normed_TD, inverse = norm_forward(norm, inputs_TD)
-        lora_TD, keep = dropped_input(normed_TD, group.dropout)
-        outputs, low_Tr = group_forward(group, normed_TD, lora_TD)
-        ctx.save_for_backward(inputs_TD, inverse, low_Tr, None if keep is None else keep[0])
-        ctx.norm, ctx.group, ctx.keep_scale = norm, group, None if keep is None else keep[1]
+        outputs, kept = group_forward(group, normed_TD)
+        ctx.save_for_backward(inputs_TD, inverse, *kept.tensors)
+        ctx.norm, ctx.group, ctx.settings = norm, group, kept.settings
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients_TO: Tensor) -> Any:
-        inputs_TD, inverse, low_Tr, mask = ctx.saved_tensors
+        inputs_TD, inverse, *tensors = ctx.saved_tensors
         norm: Norm | None = ctx.norm
-        normed_TD = inputs_TD if norm is None else norm_apply(norm, inputs_TD, inverse)
-        keep = None if mask is None else (mask, ctx.keep_scale)
-        lora_TD = normed_TD if keep is None else normed_TD * mask * ctx.keep_scale
+        kept = Kept((tensors[0], tensors[1]), ctx.settings)
         gradient_TD, parameters = group_backward(
-            ctx.group, gradients_TO, lora_TD, low_Tr,
-            needs_input=ctx.needs_input_grad[0], keep=keep,
-        )  # fmt: skip
-        if gradient_TD is not None and norm is not None:
-            gradient_TD = norm_backward(norm, gradient_TD, inputs_TD, inverse)
-        return gradient_TD, None, None, *parameters
+            ctx.group, gradients_TO, kept, needs_input=ctx.needs_input_grad[0]
+        )
+        if norm is None:
+            return gradient_TD, None, None, *parameters(inputs_TD)
+        if gradient_TD is None:
+            return None, None, None, *parameters(_normed(norm, inputs_TD, inverse))
+        d_inputs_TD, normed_TD = norm_backward(norm, gradient_TD, inputs_TD, inverse)
+        return d_inputs_TD, None, None, *parameters(normed_TD)
 
 
 def projections(inputs_TD: Tensor, norm: Norm | None, group: LinearGroup) -> tuple[Tensor, ...]:
@@ -135,46 +136,36 @@ class _GatedMLP(torch.autograd.Function):
         *_: nn.Parameter,
     ) -> Tensor:
         normed_TD, inverse = norm_forward(norm, inputs_TD)
-        lora_TD, keep_in = dropped_input(normed_TD, gate_up.dropout)
-        outputs, low_in = group_forward(gate_up, normed_TD, lora_TD)
+        outputs, kept_in = group_forward(gate_up, normed_TD)
         gate_TF, up_TF = _split_gate_up(outputs)
         product_TF = gated(gate_TF, up_TF, activation)
-        lora_TF, keep_out = dropped_input(product_TF, down.dropout)
-        (output_TD,), low_out = group_forward(down, product_TF, lora_TF)
+        (output_TD,), kept_out = group_forward(down, product_TF)
         ctx.save_for_backward(
-            inputs_TD, inverse, gate_TF, up_TF, low_in, low_out,
-            None if keep_in is None else keep_in[0], None if keep_out is None else keep_out[0],
-        )  # fmt: skip
+            inputs_TD, inverse, gate_TF, up_TF, *kept_in.tensors, *kept_out.tensors
+        )
         ctx.norm, ctx.gate_up, ctx.down, ctx.activation = norm, gate_up, down, activation
-        ctx.keep_scales = [None if k is None else k[1] for k in (keep_in, keep_out)]
+        ctx.settings = (kept_in.settings, kept_out.settings)
         return output_TD
 
     @staticmethod
     def backward(ctx: Any, gradient_TD: Tensor) -> Any:
-        inputs_TD, inverse, gate_TF, up_TF, low_in, low_out, mask_in, mask_out = ctx.saved_tensors
-        keep_out = None if mask_out is None else (mask_out, ctx.keep_scales[1])
-        product_TF = gated(gate_TF, up_TF, ctx.activation)
-        if keep_out is not None:
-            product_TF = product_TF * mask_out * keep_out[1]
+        inputs_TD, inverse, gate_TF, up_TF, low_in, more_in, low_out, more_out = ctx.saved_tensors
         d_product, down_parameters = group_backward(
-            ctx.down, (gradient_TD,), product_TF, low_out, needs_input=True, keep=keep_out
+            ctx.down, (gradient_TD,), Kept((low_out, more_out), ctx.settings[1]), needs_input=True
         )
         assert d_product is not None
-        d_gate, d_up = gated_backward(d_product, gate_TF, up_TF, ctx.activation)
-        normed_TD = norm_apply(ctx.norm, inputs_TD, inverse)
-        keep_in = None if mask_in is None else (mask_in, ctx.keep_scales[0])
-        lora_TD = normed_TD if keep_in is None else normed_TD * mask_in * keep_in[1]
-        gradients: tuple[Tensor, ...] = (d_gate, d_up)
-        if len(ctx.gate_up.layers) == 1:
-            gradients = (torch.cat(gradients, dim=1),)
+        d_gate, d_up, product_TF = gated_backward(d_product, gate_TF, up_TF, ctx.activation)
+        gradients = (d_gate, d_up)
         d_normed, in_parameters = group_backward(
-            ctx.gate_up, gradients, lora_TD, low_in,
-            needs_input=ctx.needs_input_grad[0], keep=keep_in,
-        )  # fmt: skip
-        d_inputs = None
-        if d_normed is not None:
-            d_inputs = norm_backward(ctx.norm, d_normed, inputs_TD, inverse)
-        return d_inputs, None, None, None, None, *in_parameters, *down_parameters
+            ctx.gate_up,
+            (joined(gradients),) if len(ctx.gate_up.layers) == 1 else gradients,
+            Kept((low_in, more_in), ctx.settings[0]),
+            needs_input=True,
+        )
+        assert d_normed is not None
+        d_inputs, normed_TD = norm_backward(ctx.norm, d_normed, inputs_TD, inverse)
+        parameters = (*in_parameters(normed_TD), *down_parameters(product_TF))
+        return d_inputs, None, None, None, None, *parameters
 
 
 def _split_gate_up(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ Shapes: T positions, I inputs, O outputs of one layer, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ollatune.modeling.fast.native import kernels as native
+from ollatune.modeling.fast.native import lora as native_lora
 from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_forward
 
 
@@ -77,13 +78,25 @@ def _fused_weight(group: LinearGroup) -> Tensor | None:
     return first.as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
 
 
-def group_forward(
-    group: LinearGroup, inputs_TI: Tensor, lora_TI: Tensor
-) -> tuple[list[Tensor], Tensor | None]:
-    """Outputs [T, O] of each layer, and A x of all adapters side by side [T, Σr] (None without adapters).
+@dataclass(frozen=True)
+class Kept:
+    """What the way back needs besides the group's input.
 
-    `lora_TI` is what the adapters see: the input, dropped out or not.
+    `tensors` are for `save_for_backward`: A x of the adapters [T, Σr] and the dropout's mask (None without), or what
+    the compiled kernels keep. `settings` is the dropout's scale, or the kernels' seed.
     """
+
+    tensors: tuple[Tensor | None, Tensor | None] = (None, None)
+    settings: Any = None
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the compiled kernels made it: what they keep is theirs to read."""
+        return isinstance(self.settings, native_lora.Seed)
+
+
+def group_forward(group: LinearGroup, inputs_TI: Tensor) -> tuple[list[Tensor], Kept]:
+    """Outputs [T, O] of each layer, and what `group_backward` needs."""
     fused = _fused_weight(group)
     bases = [_base(layer) for layer in group.layers]
     if fused is None:
@@ -97,7 +110,11 @@ def group_forward(
                 output += cast(Tensor, base.bias)
     adapters = group.adapters
     if not adapters:
-        return outputs, None
+        return outputs, Kept()
+    if native_lora.fits(group.layers, inputs_TI):
+        low, packs, seed = native_lora.forward(group.layers, inputs_TI, outputs, group.dropout)
+        return outputs, Kept((low, packs), seed)
+    lora_TI, mask, scale = _dropped(inputs_TI, group.dropout)
     low_Tr = lora_TI @ _joined_A(adapters).to(lora_TI.dtype).T
     offset = 0
     for layer, output in zip(group.layers, outputs, strict=True):
@@ -105,62 +122,71 @@ def group_forward(
             part = low_Tr[:, offset : offset + layer.rank]
             output.addmm_(part, layer.lora_B.to(part.dtype).T, alpha=layer.scale)
             offset += layer.rank
-    return outputs, low_Tr
+    return outputs, Kept((low_Tr, mask), scale)
 
 
 def _joined_A(adapters: Sequence[LoRALinear]) -> Tensor:
     return adapters[0].lora_A if len(adapters) == 1 else torch.cat([a.lora_A for a in adapters])
 
 
-def group_backward(
-    group: LinearGroup,
-    gradients_TO: Sequence[Tensor],
-    lora_TI: Tensor,
-    low_Tr: Tensor | None,
-    *,
-    needs_input: bool,
-    keep: tuple[Tensor, float] | None = None,
-) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradient of the input (if needed), and of A and B of each adapter in order.
+Pending = Callable[[Tensor], "list[Tensor]"]
+"""Given the group's input [T, I], the gradients of A and B of each adapter in order."""
 
-    `keep`: the dropout's mask and scale, where `lora_TI` is the dropped input.
-    """
-    adapters = group.adapters
-    parameter_gradients: list[Tensor] = []
-    low_gradient_Tr: Tensor | None = None
-    if adapters and low_Tr is not None:
-        parts, offset = [], 0
-        b_gradients = []
-        for layer, gradient_TO in zip(group.layers, gradients_TO, strict=True):
-            if not isinstance(layer, LoRALinear):
-                continue
-            low = low_Tr[:, offset : offset + layer.rank]
-            parts.append((gradient_TO @ layer.lora_B.to(gradient_TO.dtype)).mul_(layer.scale))
-            b_gradients.append((gradient_TO.T @ low).to(layer.lora_B.dtype).mul_(layer.scale))
-            offset += layer.rank
-        low_gradient_Tr = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        a_gradient = (low_gradient_Tr.T @ lora_TI).to(adapters[0].lora_A.dtype)
-        a_gradients = torch.split(a_gradient, [adapter.rank for adapter in adapters])
-        for a, b in zip(a_gradients, b_gradients, strict=True):
-            parameter_gradients += [a, b]
+
+def group_backward(
+    group: LinearGroup, gradients_TO: Sequence[Tensor], kept: Kept, *, needs_input: bool
+) -> tuple[Tensor | None, Pending]:
+    """The gradient of the input (if needed), and what is left to do once the input has been computed again."""
+    low_Tr, more = kept.tensors
+    if low_Tr is None:
+        return (_frozen_gradient(group, gradients_TO) if needs_input else None), lambda _: []
+    if kept.is_native:
+        assert more is not None
+        back = native_lora.Backward(group.layers, gradients_TO, low_Tr, more, kept.settings)
+        if not needs_input:
+            return None, back.gradients
+        gradient_TI = _frozen_gradient(group, gradients_TO)
+        back.add_input_gradient(gradient_TI)
+        return gradient_TI, back.gradients
+    d_low_Tr, b_gradients = _low_gradients(group, gradients_TO, low_Tr)
+
+    def pending(inputs_TI: Tensor) -> list[Tensor]:
+        lora_TI = inputs_TI if more is None else inputs_TI * more * kept.settings
+        a_gradient = (d_low_Tr.T @ lora_TI).to(group.adapters[0].lora_A.dtype)
+        a_gradients = torch.split(a_gradient, [adapter.rank for adapter in group.adapters])
+        both = zip(a_gradients, b_gradients, strict=True)
+        return [gradient for pair in both for gradient in pair]
+
     if not needs_input:
-        return None, parameter_gradients
+        return None, pending
     gradient_TI = _frozen_gradient(group, gradients_TO)
-    if low_gradient_Tr is not None:
-        joined = _joined_A(adapters).to(low_gradient_Tr.dtype)
-        if keep is None:
-            gradient_TI.addmm_(low_gradient_Tr, joined)
-        else:
-            gradient_TI.addcmul_(
-                low_gradient_Tr @ joined, keep[0].to(gradient_TI.dtype), value=keep[1]
-            )
-    return gradient_TI, parameter_gradients
+    A_rI = _joined_A(group.adapters).to(d_low_Tr.dtype)
+    if more is None:
+        gradient_TI.addmm_(d_low_Tr, A_rI)
+    else:
+        gradient_TI.addcmul_(d_low_Tr @ A_rI, more.to(gradient_TI.dtype), value=kept.settings)
+    return gradient_TI, pending
+
+
+def _low_gradients(
+    group: LinearGroup, gradients_TO: Sequence[Tensor], low_Tr: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of A x of all adapters [T, Σr], and that of B of each."""
+    parts, b_gradients, offset = [], [], 0
+    for layer, gradient_TO in zip(group.layers, gradients_TO, strict=True):
+        if not isinstance(layer, LoRALinear):
+            continue
+        low = low_Tr[:, offset : offset + layer.rank]
+        parts.append((gradient_TO @ layer.lora_B.to(gradient_TO.dtype)).mul_(layer.scale))
+        b_gradients.append((gradient_TO.T @ low).to(layer.lora_B.dtype).mul_(layer.scale))
+        offset += layer.rank
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), b_gradients
 
 
 def _frozen_gradient(group: LinearGroup, gradients_TO: Sequence[Tensor]) -> Tensor:
     fused = _fused_weight(group)
     if fused is not None:
-        return _joined(gradients_TO) @ fused
+        return joined(gradients_TO) @ fused
     total: Tensor | None = None
     for layer, gradient_TO in zip(group.layers, gradients_TO, strict=True):
         part = frozen_backward(_base(layer), gradient_TO)
@@ -169,7 +195,7 @@ def _frozen_gradient(group: LinearGroup, gradients_TO: Sequence[Tensor]) -> Tens
     return total
 
 
-def _joined(tensors_TO: Sequence[Tensor]) -> Tensor:
+def joined(tensors_TO: Sequence[Tensor]) -> Tensor:
     """The tensors side by side; where they are neighbours in one tensor already, that tensor."""
     first = tensors_TO[0]
     if len(tensors_TO) == 1:
@@ -188,15 +214,13 @@ def _joined(tensors_TO: Sequence[Tensor]) -> Tensor:
     return first.as_strided((first.shape[0], columns), first.stride(), first.storage_offset())
 
 
-def dropped_input(
-    inputs_TI: Tensor, probability: float
-) -> tuple[Tensor, tuple[Tensor, float] | None]:
+def _dropped(inputs_TI: Tensor, probability: float) -> tuple[Tensor, Tensor | None, float]:
     """The adapters' input after dropout, with the mask (uint8-sized) and scale for the way back."""
     if probability <= 0:
-        return inputs_TI, None
+        return inputs_TI, None, 1.0
     mask = torch.empty(inputs_TI.shape, device=inputs_TI.device).bernoulli_(1 - probability) > 0
     scale = 1 / (1 - probability)
-    return inputs_TI * mask * scale, (mask, scale)
+    return inputs_TI * mask * scale, mask, scale
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -210,16 +234,14 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def gated_backward(
     gradient: Tensor, gate: Tensor, up: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `gated` with respect to gate and up."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gated` with respect to gate and up, and its value again."""
     if native.usable(gradient, gate, up):
         return native.gated_backward(gradient, gate, up, activation)
     if activation == "silu":
         activated = functional.silu(gate)
-        d_up = gradient * activated
         d_gate = torch.ops.aten.silu_backward(gradient * up, gate)
     else:
         activated = functional.gelu(gate, approximate="tanh")
-        d_up = gradient * activated
         d_gate = torch.ops.aten.gelu_backward(gradient * up, gate, approximate="tanh")
-    return d_gate, d_up
+    return d_gate, gradient * activated, activated.mul_(up)

@@ -28,10 +28,6 @@ INLINE __m256i to_bf16(v16 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
 INLINE void store_bf16(bf16 *p, v16 x, __mmask16 m) { _mm256_mask_storeu_epi16(p, m, to_bf16(x)); }
 
-INLINE v16 rounded(v16 x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(x)), 16));
-}
-
 INLINE v16 set1(float x) { return _mm512_set1_ps(x); }
 
 // exp(x) to about 2 ulp: 2^n · p(r), |r| <= ln2 / 2, Taylor of degree 6 (relative error 1e-7).
@@ -51,7 +47,10 @@ INLINE v16 exp16(v16 x) {
 }
 
 INLINE v16 sigmoid16(v16 x) {
-    return _mm512_div_ps(set1(1.0f), _mm512_add_ps(set1(1.0f), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    // 1 / y to about 1 ulp by one Newton step: a division would take as long as all the rest.
+    v16 y = _mm512_add_ps(set1(1.0f), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+    v16 r = _mm512_rcp14_ps(y);
+    return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(y, r, set1(1.0f)), r);
 }
 
 // tanh(x) = 2 sigmoid(2x) - 1
@@ -59,50 +58,31 @@ INLINE v16 tanh16(v16 x) { return _mm512_fmsub_ps(set1(2.0f), sigmoid16(_mm512_a
 
 // ---------------------------------------------------------------- RMSNorm
 
-// sum = x + residual (if given), y = sum · inverse · gain, inverse = 1 / sqrt(mean(sum²) + epsilon); x [T, D] has a row
-// stride, everything else is contiguous. `y` may be null: then only sum and inverse are wanted.
-void norm_forward(const bf16 *x, long x_stride, const bf16 *residual, bf16 *sum, const float *gain, float epsilon,
-                  bf16 *y, float *inverse, long T, long D, int threads) {
+// y = x · inverse · gain, inverse = 1 / sqrt(mean(x²) + epsilon), for each row of x [T, D].
+void norm_forward(const bf16 *x, const float *gain, float epsilon, bf16 *y, float *inverse, long T, long D,
+                  int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long t = 0; t < T; t++) {
-        const bf16 *xt = x + t * x_stride;
+        const bf16 *xt = x + t * D;
         v16 squares = _mm512_setzero_ps();
         for (long i = 0; i < D; i += 16) {
             __mmask16 m = tail(D - i);
             v16 v = load_bf16(xt + i, m);
-            if (residual) {
-                v = rounded(_mm512_add_ps(v, load_bf16(residual + t * D + i, m)));
-                store_bf16(sum + t * D + i, v, m);
-            }
             squares = _mm512_fmadd_ps(v, v, squares);
         }
         float scale = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)D + epsilon);
         inverse[t] = scale;
-        if (!y) continue;
-        const bf16 *st = residual ? sum + t * D : xt;
         for (long i = 0; i < D; i += 16) {
             __mmask16 m = tail(D - i);
-            v16 v = _mm512_mul_ps(load_bf16(st + i, m), set1(scale));
+            v16 v = _mm512_mul_ps(load_bf16(xt + i, m), set1(scale));
             store_bf16(y + t * D + i, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(m, gain + i)), m);
         }
     }
 }
 
-// y = x · inverse · gain, with the inverse that `norm_forward` gave.
-void norm_apply(const bf16 *x, const float *inverse, const float *gain, bf16 *y, long T, long D, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long t = 0; t < T; t++) {
-        for (long i = 0; i < D; i += 16) {
-            __mmask16 m = tail(D - i);
-            v16 v = _mm512_mul_ps(load_bf16(x + t * D + i, m), set1(inverse[t]));
-            store_bf16(y + t * D + i, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(m, gain + i)), m);
-        }
-    }
-}
-
-// dx = inverse · (dy · gain − x · inverse² · mean(dy · gain · x)) + extra (if given); dx may be dy or extra.
-void norm_backward(const bf16 *dy, const bf16 *x, const float *inverse, const float *gain, const bf16 *extra,
-                   bf16 *dx, long T, long D, int threads) {
+// dx = inverse · (dy · gain − x · inverse² · mean(dy · gain · x)), and y again if wanted.
+void norm_backward(const bf16 *dy, const bf16 *x, const float *inverse, const float *gain, bf16 *dx, bf16 *y, long T,
+                   long D, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long t = 0; t < T; t++) {
         v16 dot = _mm512_setzero_ps();
@@ -116,9 +96,11 @@ void norm_backward(const bf16 *dy, const bf16 *x, const float *inverse, const fl
         for (long i = 0; i < D; i += 16) {
             __mmask16 m = tail(D - i);
             v16 g = _mm512_mul_ps(load_bf16(dy + t * D + i, m), _mm512_maskz_loadu_ps(m, gain + i));
-            v16 v = _mm512_fnmadd_ps(load_bf16(x + t * D + i, m), set1(mean), g);
-            v16 base = extra ? load_bf16(extra + t * D + i, m) : _mm512_setzero_ps();
-            store_bf16(dx + t * D + i, _mm512_fmadd_ps(v, set1(inv), base), m);
+            v16 value = load_bf16(x + t * D + i, m), v = _mm512_fnmadd_ps(value, set1(mean), g);
+            store_bf16(dx + t * D + i, _mm512_mul_ps(v, set1(inv)), m);
+            if (!y) continue;
+            value = _mm512_mul_ps(value, set1(inv));
+            store_bf16(y + t * D + i, _mm512_mul_ps(value, _mm512_maskz_loadu_ps(m, gain + i)), m);
         }
     }
 }
@@ -158,9 +140,9 @@ void gated_forward(const bf16 *gate, const bf16 *up, long stride, bf16 *product,
     }
 }
 
-// d_gate, d_up [T, F] (row stride `d_stride`) from d_product.
+// d_gate, d_up [T, F] (row stride `d_stride`) from d_product, and the product itself again.
 void gated_backward(const bf16 *d_product, const bf16 *gate, const bf16 *up, long stride, bf16 *d_gate, bf16 *d_up,
-                    long d_stride, int kind, long T, long F, int threads) {
+                    long d_stride, bf16 *product, int kind, long T, long F, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long t = 0; t < T; t++) {
         for (long i = 0; i < F; i += 16) {
@@ -169,6 +151,7 @@ void gated_backward(const bf16 *d_product, const bf16 *gate, const bf16 *up, lon
             v16 slope, a = activate(load_bf16(gate + t * stride + i, m), kind, &slope);
             store_bf16(d_gate + t * d_stride + i, _mm512_mul_ps(_mm512_mul_ps(d, u), slope), m);
             store_bf16(d_up + t * d_stride + i, _mm512_mul_ps(d, a), m);
+            store_bf16(product + t * F + i, _mm512_mul_ps(a, u), m);
         }
     }
 }
@@ -274,20 +257,21 @@ void rotate(bf16 *x, long stride, long heads, long d, const float *cosine, const
         for (int m = 0; m < M; m++)                                                                                    \
             for (int n = 0; n < N; n++) _mm512_storeu_ps(C + m * ldc + 16 * n, c[m][n]);                               \
     }
-#define TILES(M) TILE(M, 1) TILE(M, 2) TILE(M, 3) TILE(M, 4)
-TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
+#define TILES(M) TILE(M, 1) TILE(M, 2)
+TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8) TILES(9) TILES(10) TILES(11) TILES(12)
 
 typedef void (*tile_fn)(float *, long, const int32_t *, long, long, const int32_t *, long, long, int);
-#define ROW(M) {tile_##M##_1, tile_##M##_2, tile_##M##_3, tile_##M##_4}
-static const tile_fn tiles[6][4] = {ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6)};
+#define ROW(M) {tile_##M##_1, tile_##M##_2}
+static const tile_fn tiles[12][2] = {ROW(1), ROW(2), ROW(3), ROW(4),  ROW(5),  ROW(6),
+                                     ROW(7), ROW(8), ROW(9), ROW(10), ROW(11), ROW(12)};
 
 // M × lanes (a multiple of 16) of C.
 static void product(float *C, long ldc, const int32_t *A, long a_row, long a_pair, const int32_t *B, long ldb,
                     long M, long lanes, long pairs, int add) {
-    for (long n = 0; n < lanes; n += 64) {
-        long vectors = (lanes - n < 64 ? lanes - n : 64) / 16;
-        for (long m = 0; m < M; m += 6) {
-            long rows = M - m < 6 ? M - m : 6;
+    for (long n = 0; n < lanes; n += 32) {
+        long vectors = (lanes - n < 32 ? lanes - n : 32) / 16;
+        for (long m = 0, rows; m < M; m += rows) {
+            rows = M - m <= 12 ? M - m : M - m < 24 ? (M - m + 1) / 2 : 12;
             tiles[rows - 1][vectors - 1](C + m * ldc + n, ldc, A + m * a_row, a_row, a_pair, B + n, ldb, pairs, add);
         }
     }
@@ -600,4 +584,292 @@ int attention_backward(const Attention *a, const bf16 *d_out, const bf16 *out, l
     }
     free(sums);
     return failed;
+}
+
+// ---------------------------------------------------------------- low-rank adapters
+
+// Linear layers with one input x [T, I], each with an adapter: y_l += s_l · B_l (A_l drop(x)). Layer l has `outputs[l]`
+// outputs and rank `ranks[l]`; A_l is [r, I], B_l [O, r], fp32. The low-rank values of all layers stand side by side in
+// rows of `width` (a multiple of 16), layer l's from `low_at[l]` (even) on. `packs` is scratch of `lora_pack_size`
+// int32, filled by `lora_forward` and read on the way back.
+enum { MAX_LAYERS = 4, ROWS = 12 };
+typedef struct {
+    long layers, inputs, width;
+    long outputs[MAX_LAYERS], ranks[MAX_LAYERS], low_at[MAX_LAYERS], strides[MAX_LAYERS];
+    bf16 *y[MAX_LAYERS];  // the outputs, or on the way back their gradients
+    const float *A[MAX_LAYERS], *B[MAX_LAYERS];
+    float scales[MAX_LAYERS];
+    int32_t *packs;
+    float dropout;
+    uint32_t seed_low, seed_high;
+    int threads;
+} Adapters;
+
+INLINE long up_to(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+INLINE __m512i bf16_pairs(v16 low, v16 high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(to_bf16(low)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(high)), 16));
+}
+
+INLINE v16 gathered(const float *p, __m512i index, __mmask16 m) {
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, index, p, 4);
+}
+
+// Where the four layouts lie in `packs`: A for x·Aᵀ [I/2][width] and for low·A [width/2][I]; of each layer s·B for
+// low·Bᵀ [r/2][O] and for y·B [O/2][r up to 16].
+static int32_t *pack_A_down(const Adapters *a) { return a->packs; }
+static int32_t *pack_A_up(const Adapters *a) { return a->packs + a->inputs / 2 * a->width; }
+static int32_t *pack_B(const Adapters *a, long layer, int down) {
+    int32_t *at = a->packs + a->inputs * a->width;
+    for (long l = 0; l < a->layers; l++) {
+        long up = up_to(a->ranks[l], 2) / 2 * a->outputs[l];
+        if (l == layer && !down) return at;
+        at += up;
+        if (l == layer) return at;
+        at += a->outputs[l] / 2 * up_to(a->ranks[l], 16);
+    }
+    return at;
+}
+
+long lora_pack_size(const Adapters *a) { return pack_B(a, a->layers, 0) - a->packs; }
+
+static void pack(const Adapters *a) {
+    const long I = a->inputs;
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma omp parallel num_threads(a->threads)
+    {
+#pragma omp for schedule(static)
+        for (long k = 0; k < I / 2; k++) memset(pack_A_down(a) + k * a->width, 0, sizeof(int32_t) * a->width);
+#pragma omp for schedule(static)
+        for (long k = 0; k < a->width / 2; k++) memset(pack_A_up(a) + k * I, 0, sizeof(int32_t) * I);
+        for (long l = 0; l < a->layers; l++) {
+            const long r = a->ranks[l], O = a->outputs[l], wide = up_to(r, 16);
+            const float *A = a->A[l], *B = a->B[l];
+            const v16 scale = set1(a->scales[l]);
+            int32_t *up = pack_B(a, l, 0), *down = pack_B(a, l, 1);
+            const __m512i by_row = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)I));
+#pragma omp for schedule(static)
+            for (long k = 0; k < I / 2; k++)
+                for (long j = 0; j < r; j += 16) {
+                    __mmask16 m = tail(r - j);
+                    const float *from = A + j * I + 2 * k;
+                    _mm512_mask_storeu_epi32(pack_A_down(a) + k * a->width + a->low_at[l] + j, m,
+                                             bf16_pairs(gathered(from, by_row, m), gathered(from + 1, by_row, m)));
+                }
+#pragma omp for schedule(static)
+            for (long j = 0; j < (r + 1) / 2; j++)
+                for (long i = 0; i < I; i += 16) {
+                    v16 high = 2 * j + 1 < r ? _mm512_loadu_ps(A + (2 * j + 1) * I + i) : _mm512_setzero_ps();
+                    _mm512_storeu_si512(pack_A_up(a) + (a->low_at[l] / 2 + j) * I + i,
+                                        bf16_pairs(_mm512_loadu_ps(A + 2 * j * I + i), high));
+                }
+            const __m512i by_output = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)r));
+#pragma omp for schedule(static)
+            for (long o = 0; o < O; o += 16)
+                for (long j = 0; j < (r + 1) / 2; j++) {
+                    v16 low = gathered(B + o * r + 2 * j, by_output, 0xFFFF);
+                    v16 high = 2 * j + 1 < r ? gathered(B + o * r + 2 * j + 1, by_output, 0xFFFF) : _mm512_setzero_ps();
+                    _mm512_storeu_si512(up + j * O + o, bf16_pairs(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale)));
+                }
+#pragma omp for schedule(static)
+            for (long o = 0; o < O / 2; o++)
+                for (long j = 0; j < wide; j += 16) {
+                    __mmask16 m = j < r ? tail(r - j) : 0;
+                    v16 low = _mm512_maskz_loadu_ps(m, B + 2 * o * r + j);
+                    v16 high = _mm512_maskz_loadu_ps(m, B + (2 * o + 1) * r + j);
+                    _mm512_storeu_si512(down + o * wide + j, bf16_pairs(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale)));
+                }
+        }
+    }
+}
+
+// Which of 16 inputs from (row, column) on the adapters see: a hash of the place and the seed (murmur's finaliser,
+// twice) against the probability, so nothing needs to be kept.
+INLINE __mmask16 kept(const Adapters *a, long row, long column) {
+    uint64_t place = (uint64_t)row * (uint64_t)a->inputs + (uint64_t)column;
+    __m512i h = _mm512_add_epi32(_mm512_set1_epi32((int)(uint32_t)place),
+                                 _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    h = _mm512_xor_si512(h, _mm512_set1_epi32((int)a->seed_low));
+    for (int round = 0; round < 2; round++) {
+        h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
+        h = _mm512_mullo_epi32(h, _mm512_set1_epi32((int)0x85EBCA6Bu));
+        h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 13));
+        h = _mm512_mullo_epi32(h, _mm512_set1_epi32((int)0xC2B2AE35u));
+        h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
+        h = _mm512_add_epi32(h, _mm512_set1_epi32((int)(a->seed_high + (uint32_t)(place >> 32))));
+    }
+    return _mm512_cmpge_epu32_mask(h, _mm512_set1_epi32((int)(uint32_t)((double)a->dropout * 4294967296.0)));
+}
+
+// 16 inputs as the adapters see them.
+INLINE v16 dropped(const Adapters *a, v16 x, long row, long column) {
+    if (a->dropout <= 0) return x;
+    return _mm512_maskz_mul_ps(kept(a, row, column), x, set1(1 / (1 - a->dropout)));
+}
+
+// out[rows][lanes] (bf16, row stride `out_stride`, the first `keep` columns) = x[rows][2 · pairs] · packed[pairs][lanes].
+static void low_block(bf16 *out, long out_stride, long keep, const bf16 *x, long x_stride, const int32_t *packed,
+                      long lanes, long rows, long pairs) {
+    float C[ROWS * 32] __attribute__((aligned(64)));
+    for (long n = 0; n < keep; n += 32) {
+        long vectors = (lanes - n < 32 ? lanes - n : 32) / 16;
+        tiles[rows - 1][vectors - 1](C, 32, (const int32_t *)x, x_stride / 2, 1, packed + n, lanes, pairs, 0);
+        for (long m = 0; m < rows; m++)
+            for (long v = 0; v < vectors && n + 16 * v < keep; v++)
+                store_bf16(out + m * out_stride + n + 16 * v, _mm512_load_ps(C + m * 32 + 16 * v), tail(keep - n - 16 * v));
+    }
+}
+
+// y[M][32 or 16] += low[M][pairs] · packed[pairs][...], fp32 inside, bf16 outside; dropped(…) of the product where asked.
+#define ADD(M, N)                                                                                                      \
+    static void add_##M##_##N(const Adapters *a, int drop, long row, long column, bf16 *y, long stride,                \
+                              const int32_t *low, long low_row, const int32_t *packed, long packed_row, long pairs) {  \
+        v16 c[M][N];                                                                                                   \
+        for (int m = 0; m < M; m++)                                                                                    \
+            for (int n = 0; n < N; n++)                                                                                \
+                c[m][n] = drop ? _mm512_setzero_ps() : load_bf16(y + m * stride + 16 * n, 0xFFFF);                     \
+        for (long k = 0; k < pairs; k++) {                                                                             \
+            __m512i b[N];                                                                                              \
+            for (int n = 0; n < N; n++) b[n] = _mm512_loadu_si512(packed + k * packed_row + 16 * n);                   \
+            for (int m = 0; m < M; m++) {                                                                              \
+                __m512i l = _mm512_set1_epi32(low[m * low_row + k]);                                                   \
+                for (int n = 0; n < N; n++) c[m][n] = _mm512_dpbf16_ps(c[m][n], (__m512bh)l, (__m512bh)b[n]);          \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int m = 0; m < M; m++)                                                                                    \
+            for (int n = 0; n < N; n++) {                                                                              \
+                bf16 *at = y + m * stride + 16 * n;                                                                    \
+                v16 v = c[m][n];                                                                                       \
+                if (drop) v = _mm512_add_ps(load_bf16(at, 0xFFFF), dropped(a, v, row + m, column + 16 * n));           \
+                store_bf16(at, v, 0xFFFF);                                                                             \
+            }                                                                                                          \
+    }
+#define ADDS(M) ADD(M, 1) ADD(M, 2)
+ADDS(1) ADDS(2) ADDS(3) ADDS(4) ADDS(5) ADDS(6) ADDS(7) ADDS(8) ADDS(9) ADDS(10) ADDS(11) ADDS(12)
+typedef void (*add_fn)(const Adapters *, int, long, long, bf16 *, long, const int32_t *, long, const int32_t *, long, long);
+#define ADD_ROW(M) {add_##M##_1, add_##M##_2}
+static const add_fn adds[12][2] = {ADD_ROW(1), ADD_ROW(2), ADD_ROW(3), ADD_ROW(4),  ADD_ROW(5),  ADD_ROW(6),
+                                   ADD_ROW(7), ADD_ROW(8), ADD_ROW(9), ADD_ROW(10), ADD_ROW(11), ADD_ROW(12)};
+
+static void add_low(const Adapters *a, int drop, long row, long rows, bf16 *y, long stride, long columns,
+                    const bf16 *low, const int32_t *packed, long packed_row, long pairs) {
+    for (long n = 0; n < columns; n += 32) {
+        int wide = columns - n >= 32;
+        adds[rows - 1][wide](a, drop, row, n, y + n, stride, (const int32_t *)low, a->width / 2, packed + n, packed_row, pairs);
+    }
+}
+
+// low [T, width] = drop(x) · Aᵀ, then every y_l += s · low · Bᵀ.
+void lora_forward(const Adapters *a, const bf16 *x, long x_stride, bf16 *low, long T) {
+    pack(a);
+#pragma omp parallel num_threads(a->threads)
+    {
+        bf16 *seen = a->dropout > 0 ? malloc(sizeof(bf16) * ROWS * a->inputs) : 0;
+#pragma omp for schedule(static)
+        for (long block = 0; block < (T + ROWS - 1) / ROWS; block++) {
+            long t = block * ROWS, rows = T - t < ROWS ? T - t : ROWS;
+            const bf16 *from = x + t * x_stride;
+            long stride = x_stride;
+            if (seen) {
+                for (long m = 0; m < rows; m++)
+                    for (long i = 0; i < a->inputs; i += 16)
+                        store_bf16(seen + m * a->inputs + i, dropped(a, load_bf16(from + m * stride + i, 0xFFFF), t + m, i), 0xFFFF);
+                from = seen, stride = a->inputs;
+            }
+            low_block(low + t * a->width, a->width, a->width, from, stride, pack_A_down(a), a->width, rows, a->inputs / 2);
+            for (long l = 0; l < a->layers; l++)
+                if (a->ranks[l])
+                    add_low(a, 0, t, rows, a->y[l] + t * a->strides[l], a->strides[l], a->outputs[l],
+                            low + t * a->width + a->low_at[l], pack_B(a, l, 0), a->outputs[l], (a->ranks[l] + 1) / 2);
+        }
+        free(seen);
+    }
+}
+
+// out [M][columns] (fp32, times `scale`; [columns][M] if `transposed`) = Σ_t left[t][m] · right[t][c] for the 32 columns
+// from `column` on. `left` as pairs of rows: left[m][ceil(T / 2)].
+static void outer_block(const Adapters *a, int drop, float *out, int transposed, float scale, long M, long columns,
+                        long column, const int32_t *left, const bf16 *right, long stride, long T) {
+    enum { BLOCK = 128 };
+    int32_t pairs[BLOCK / 2 * 32] __attribute__((aligned(64)));
+    float C[64 * 32] __attribute__((aligned(64)));
+    long vectors = columns - column >= 32 ? 2 : 1, row_pairs = (T + 1) / 2;
+    for (long m = 0; m < M; m++) memset(C + m * 32, 0, sizeof(float) * 32);
+    for (long t = 0; t < T; t += BLOCK) {
+        long rows = T - t < BLOCK ? T - t : BLOCK;
+        for (long j = 0; j < rows; j += 2)
+            for (long v = 0; v < vectors; v++) {
+                const bf16 *from = right + (t + j) * stride + column + 16 * v;
+                v16 low = load_bf16(from, 0xFFFF), high = _mm512_setzero_ps();
+                if (j + 1 < rows) high = load_bf16(from + stride, 0xFFFF);
+                if (drop) {
+                    low = dropped(a, low, t + j, column + 16 * v);
+                    high = dropped(a, high, t + j + 1, column + 16 * v);
+                }
+                _mm512_store_si512(pairs + j / 2 * 32 + 16 * v, bf16_pairs(low, high));
+            }
+        for (long m = 0; m < M; m += ROWS)
+            tiles[(M - m < ROWS ? M - m : ROWS) - 1][vectors - 1](C + m * 32, 32, left + m * row_pairs + t / 2, row_pairs, 1,
+                                                                  pairs, 32, (rows + 1) / 2, 1);
+    }
+    for (long m = 0; m < M; m++)
+        for (long c = 0; c < 16 * vectors; c++)
+            out[transposed ? (column + c) * M + m : m * columns + column + c] = scale * C[m * 32 + c];
+}
+
+// [T, width] → pairs of neighbouring rows for each column: out[width][ceil(T / 2)].
+static void pair_columns(int32_t *out, const bf16 *low, long T, long width, int threads) {
+    long row_pairs = (T + 1) / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long p = 0; p < row_pairs; p++)
+        for (long c = 0; c < width; c++) {
+            uint32_t first = low[2 * p * width + c], second = 2 * p + 1 < T ? low[(2 * p + 1) * width + c] : 0;
+            out[c * row_pairs + p] = (int32_t)(first | second << 16);
+        }
+}
+
+// From the gradients y_l of the outputs: d_low [T, width] = s · y · B, and d_B ([O, r] of each layer, one after
+// another). `columns` is scratch of width · ceil(T / 2) int32. Ranks up to 64.
+void lora_outputs(const Adapters *a, const bf16 *low, bf16 *d_low, float *d_B, int32_t *columns, long T) {
+    long row_pairs = (T + 1) / 2;
+#pragma omp parallel for num_threads(a->threads) schedule(static)
+    for (long block = 0; block < (T + ROWS - 1) / ROWS; block++) {
+        long t = block * ROWS, rows = T - t < ROWS ? T - t : ROWS;
+        for (long m = 0; m < rows; m++) memset(d_low + (t + m) * a->width, 0, sizeof(bf16) * a->width);
+        for (long l = 0; l < a->layers; l++)
+            if (a->ranks[l])
+                low_block(d_low + t * a->width + a->low_at[l], a->width, a->ranks[l], a->y[l] + t * a->strides[l],
+                          a->strides[l], pack_B(a, l, 1), up_to(a->ranks[l], 16), rows, a->outputs[l] / 2);
+    }
+    pair_columns(columns, low, T, a->width, a->threads);
+    for (long l = 0; l < a->layers; l++) {
+        long r = a->ranks[l], O = a->outputs[l];
+#pragma omp parallel for num_threads(a->threads) schedule(static)
+        for (long o = 0; o < (r ? O : 0); o += 32)
+            outer_block(a, 0, d_B, 1, a->scales[l], r, O, o, columns + a->low_at[l] * row_pairs, a->y[l], a->strides[l], T);
+        d_B += O * r;
+    }
+}
+
+// d_A ([r, I] of each layer, one after another) = d_lowᵀ · drop(x).
+void lora_inputs(const Adapters *a, const bf16 *x, long x_stride, const bf16 *d_low, float *d_A, int32_t *columns, long T) {
+    long row_pairs = (T + 1) / 2, I = a->inputs;
+    pair_columns(columns, d_low, T, a->width, a->threads);
+    for (long l = 0; l < a->layers; l++) {
+        long r = a->ranks[l];
+#pragma omp parallel for num_threads(a->threads) schedule(static)
+        for (long i = 0; i < (r ? I : 0); i += 32)
+            outer_block(a, a->dropout > 0, d_A, 0, 1.0f, r, I, i, columns + a->low_at[l] * row_pairs, x, x_stride, T);
+        d_A += r * I;
+    }
+}
+
+// dx [T, I] += drop(d_low · A).
+void lora_input(const Adapters *a, const bf16 *d_low, bf16 *dx, long stride, long T) {
+#pragma omp parallel for num_threads(a->threads) schedule(static)
+    for (long block = 0; block < (T + ROWS - 1) / ROWS; block++) {
+        long t = block * ROWS, rows = T - t < ROWS ? T - t : ROWS;
+        add_low(a, a->dropout > 0, t, rows, dx + t * stride, stride, a->inputs, d_low + t * a->width, pack_A_up(a), a->inputs,
+                a->width / 2);
+    }
 }

@@ -80,7 +80,7 @@ def _call(name: str, *arguments: Any) -> int:
     return int(getattr(library, name)(*converted, _int(torch.get_num_threads())))
 
 
-def _stride(tensor: Tensor) -> int:
+def row_stride(tensor: Tensor) -> int:
     """Distance of a row from the next; the columns must be neighbours."""
     assert tensor.stride(-1) == 1
     return tensor.stride(0) if tensor.dim() > 1 else tensor.shape[-1]
@@ -93,31 +93,24 @@ def norm_forward(inputs_TD: Tensor, gain_D: Tensor, epsilon: float) -> tuple[Ten
     output = torch.empty_like(inputs)
     inverse = torch.empty(*inputs.shape[:-1], 1, dtype=torch.float32)
     _call(
-        "norm_forward", inputs, width, None, None, gain_D, float(epsilon), output, inverse,
+        "norm_forward", inputs, gain_D, float(epsilon), output, inverse,
         inputs.numel() // width, width,
     )  # fmt: skip
     return output, inverse
 
 
-def norm_apply(inputs_TD: Tensor, inverse_T1: Tensor, gain_D: Tensor) -> Tensor:
-    inputs = inputs_TD.contiguous()
-    width = inputs.shape[-1]
-    output = torch.empty_like(inputs)
-    _call("norm_apply", inputs, inverse_T1, gain_D, output, inputs.numel() // width, width)
-    return output
-
-
 def norm_backward(
     gradient_TD: Tensor, inputs_TD: Tensor, inverse_T1: Tensor, gain_D: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the input, and the normalised input again."""
     inputs, gradient = inputs_TD.contiguous(), gradient_TD.contiguous()
     width = inputs.shape[-1]
-    output = torch.empty_like(inputs)
+    output, normed = torch.empty_like(inputs), torch.empty_like(inputs)
     _call(
-        "norm_backward", gradient, inputs, inverse_T1, gain_D, None, output,
+        "norm_backward", gradient, inputs, inverse_T1, gain_D, output, normed,
         inputs.numel() // width, width,
     )  # fmt: skip
-    return output
+    return output, normed
 
 
 def gated(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
@@ -125,7 +118,7 @@ def gated(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
     rows, width = gate_TF.shape
     product = torch.empty(rows, width, dtype=gate_TF.dtype)
     _call(
-        "gated_forward", gate_TF, up_TF, _stride(gate_TF), product,
+        "gated_forward", gate_TF, up_TF, row_stride(gate_TF), product,
         _int(_ACTIVATIONS[activation]), rows, width,
     )  # fmt: skip
     return product
@@ -133,16 +126,17 @@ def gated(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
 
 def gated_backward(
     d_product_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, neighbours in one tensor."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate and up, neighbours in one tensor, and the product again."""
     rows, width = gate_TF.shape
     both = torch.empty(rows, 2 * width, dtype=gate_TF.dtype)
     d_gate, d_up = both[:, :width], both[:, width:]
+    product = torch.empty(rows, width, dtype=gate_TF.dtype)
     _call(
-        "gated_backward", d_product_TF.contiguous(), gate_TF, up_TF, _stride(gate_TF),
-        d_gate, d_up, 2 * width, _int(_ACTIVATIONS[activation]), rows, width,
+        "gated_backward", d_product_TF.contiguous(), gate_TF, up_TF, row_stride(gate_TF),
+        d_gate, d_up, 2 * width, product, _int(_ACTIVATIONS[activation]), rows, width,
     )  # fmt: skip
-    return d_gate, d_up
+    return d_gate, d_up, product
 
 
 def cross_entropy(
@@ -164,7 +158,7 @@ def rotate(
     """Rotate every head of `tensor_TO` in place (backwards with `sign` −1) and multiply by `scale`."""
     cosine_Th, sine_Th = rotary
     _call(
-        "rotate", tensor_TO, _stride(tensor_TO), tensor_TO.shape[1] // head_size, head_size,
+        "rotate", tensor_TO, row_stride(tensor_TO), tensor_TO.shape[1] // head_size, head_size,
         cosine_Th, sine_Th, cosine_Th.shape[1], float(sign), float(scale), tensor_TO.shape[0],
     )  # fmt: skip
 
@@ -191,7 +185,7 @@ class AttentionCall:
         self.q, self.k, self.v, self.table = q, k, v, table
         arrays = table.pointers
         self.struct = _Attention(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), _stride(q), _stride(k), _stride(v),
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), row_stride(q), row_stride(k), row_stride(v),
             q.shape[0], q.shape[1] // head_size, k.shape[1] // head_size, head_size,
             table.num_units, *arrays, window or 0, softcap or 0.0, torch.get_num_threads(),
         )  # fmt: skip
