@@ -59,7 +59,8 @@ def _measure(config: Any, options: BenchOptions) -> dict[str, Any]:
     device = choose_device()
     num_threads = configure_threads()
     dtype, reason = choose_dtype(config.model.dtype, device)
-    log_environment(device, dtype, reason, num_threads)
+    native = config.training.native_kernels
+    log_environment(device, dtype, reason, num_threads, native_kernels=native)
     source = resolve_base(
         config.model.base_model,
         models_folder=config.ollama.models,

@@ -112,6 +112,13 @@ class TrainingConfig(Section):
         True,
         description="Use the fused training step where it is exact; False runs Transformers' own.",
     )
+    native_kernels: bool = Field(
+        True,
+        description=(
+            "On processors with AVX512-BF16 and a C compiler, compile the fused step's small parts once (bf16 only); "
+            "False uses torch operators."
+        ),
+    )
     seed: int = Field(
         42, ge=0, le=2**32 - 1, description="Seed of Python, NumPy, torch and data order."
     )

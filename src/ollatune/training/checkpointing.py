@@ -185,7 +185,8 @@ FREE_KEYS = (
     "training.early_stopping_patience", "training.early_stopping_min_delta", "training.on_non_finite",
     "training.overfitting_patience", "training.overfitting_raise_dropout", "training.max_steps",
     "validation.", "export.", "ollama.", "output.", "distributed.",
-    "training.activation_checkpointing", "training.fast_path", "advanced.share_prefixes",
+    "training.activation_checkpointing", "training.fast_path", "training.native_kernels",
+    "advanced.share_prefixes",
 )  # fmt: skip
 WARN_KEYS = (
     "training.epochs", "training.learning_rate", "training.scheduler", "training.scheduler_power",

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from ollatune.base.log import get_logger
+from ollatune.modeling.fast.native import kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BF16_MINIMUM_GAIN = 1.2
@@ -166,7 +167,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def log_environment(device: torch.device, dtype: str, reason: str, num_threads: int) -> None:
-    get_logger("training").info(
-        "Computing on %s in %s (%s), %d threads.", device, dtype, reason, num_threads
-    )
+def log_environment(
+    device: torch.device, dtype: str, reason: str, num_threads: int, *, native_kernels: bool
+) -> None:
+    """Say what the run computes with, and set whether compiled kernels are used (see `modeling/fast/native`)."""
+    kernels.set_enabled(native_kernels)
+    logger = get_logger("training")
+    logger.info("Computing on %s in %s (%s), %d threads.", device, dtype, reason, num_threads)
+    if device.type == "cpu" and dtype == "bf16":
+        used = "in use" if kernels.available() else "not in use, torch operators instead"
+        logger.info("Compiled kernels: %s (%s).", used, kernels.state())

@@ -78,6 +78,20 @@ def _fused_weight(group: LinearGroup) -> Tensor | None:
     return first.as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
 
 
+def _fused_product(
+    inputs_TI: Tensor, fused_OI: Tensor, bases: Sequence[nn.Module], sizes: Sequence[int]
+) -> Tensor:
+    """W x + b for all layers; the bias is added before the result is rounded."""
+    biases = [cast("Tensor | None", base.bias) for base in bases]
+    if all(bias is None for bias in biases):
+        return inputs_TI @ fused_OI.T
+    parts = [
+        fused_OI.new_zeros(size) if bias is None else bias
+        for size, bias in zip(sizes, biases, strict=True)
+    ]
+    return torch.addmm(torch.cat(parts), inputs_TI, fused_OI.T)
+
+
 @dataclass(frozen=True)
 class Kept:
     """What the way back needs besides the group's input.
@@ -102,12 +116,8 @@ def group_forward(group: LinearGroup, inputs_TI: Tensor) -> tuple[list[Tensor], 
     if fused is None:
         outputs = [frozen_forward(base, inputs_TI) for base in bases]
     else:
-        outputs = list(
-            torch.split(inputs_TI @ fused.T, [cast(Any, base).out_features for base in bases], 1)
-        )
-        for base, output in zip(bases, outputs, strict=True):
-            if base.bias is not None:
-                output += cast(Tensor, base.bias)
+        sizes = [cast(Any, base).out_features for base in bases]
+        outputs = list(torch.split(_fused_product(inputs_TI, fused, bases, sizes), sizes, 1))
     adapters = group.adapters
     if not adapters:
         return outputs, Kept()
