@@ -152,14 +152,9 @@ class Session:
     def _train(self, device: torch.device) -> dict[str, Any]:
         logger = get_logger("training")
         num_threads = configure_threads()
-<<<<<<< HEAD
         dtype, reason = self._decided(lambda: choose_dtype(self._dtype_setting(), device))
-        log_environment(device, dtype, reason, num_threads)
-=======
-        dtype, reason = choose_dtype(self._dtype_setting(), device)
         native = self.config.training.native_kernels
         log_environment(device, dtype, reason, num_threads, native_kernels=native)
->>>>>>> a45ea06 (Compiled kernels: switch, log line, tests against fp64, docs)
         source = resolve_base(
             self.config.model.base_model,
             models_folder=self.config.ollama.models,
