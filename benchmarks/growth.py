@@ -103,7 +103,7 @@ def data_row(num_records: int, folder: Path, steps: int = 8) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         row[f"total_seconds_{state}"] = round(seconds, 2)
         row[f"start_up_seconds_{state}"] = round(
-            seconds - found["seconds_per_step"] * (steps + 4), 2
+            seconds - found["seconds_per_step"] * (steps + 2), 2
         )
     return row | {
         key: found[key] for key in ("seconds_per_step", "tokens_per_second", "peak_mb", "phases")

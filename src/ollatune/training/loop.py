@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 
 from ollatune.base.errors import DivergedError, Interrupted, OutOfMemoryError
 from ollatune.base.faults import fault_point
@@ -33,6 +32,7 @@ from ollatune.training.reports import (
     MicroBatchSums,
     NonFiniteError,
     OverflowedError,
+    PhaseClock,
     RanOutOfMemoryError,
     StepReport,
 )
@@ -62,6 +62,7 @@ class TrainingRun:
     processes: Processes
     device: torch.device
     total_steps: int
+    phases: PhaseClock = field(default_factory=PhaseClock)
 
     @property
     def model(self) -> nn.Module:
@@ -203,7 +204,7 @@ class TrainingRun:
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(f"loss {mean_loss}, gradient norm {grad_norm}")
         rate = self.schedule.at(state.step) * state.learning_rate_factor
-        with record_function("optimizer"):
+        with self.phases.phase("optimizer"):
             self.sharing.step(rate)
         self.loss_scale.went_well()
         state.tokens += num_tokens
@@ -224,16 +225,16 @@ class TrainingRun:
             num_left = len(step.micro_batch_ids) * self.state.split
             while True:
                 started = time.perf_counter()
-                with record_function("data"):
+                with self.phases.phase("data"):
                     batch = next(batches, None)
                     if batch is None:
                         break
                     row = row_of(batch, share=self.shares_prefixes).to(self.device)
                 sums.data_seconds += time.perf_counter() - started
                 fault_point("train.micro_batch")
-                with record_function("forward"):
+                with self.phases.phase("forward"):
                     loss = self.step_function.loss_sum(row)
-                with record_function("backward"):
+                with self.phases.phase("backward"):
                     num_left -= 1
                     self.sharing.backward(loss / divisor, is_last=num_left == 0)
                 sums.loss += loss.detach()

@@ -6,31 +6,22 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
-
 from ollatune.base.errors import Interrupted, UsageError
 from ollatune.training.ceiling import measure_ceiling, step_products
 from ollatune.training.environment import DTYPES, peak_memory_bytes
 from ollatune.training.loop import TrainingRun
-from ollatune.training.profiling import PHASES
-from ollatune.training.reports import Hooks, StepReport
+from ollatune.training.reports import Hooks, PhaseClock, StepReport
 from ollatune.training.state import RunState
-
-_PROFILED_STEPS = 2
 
 
 @dataclass
 class StepMeter:
-    """Collects the step reports of a run that is made to last `warmup` + `steps` + 2 steps; saves nothing.
-
-    The last two steps run under the profiler, for the phases alone: it slows them down.
-    """
+    """Collects the step reports of a run that is made to last `warmup` + `steps` steps; saves nothing."""
 
     warmup: int
     steps: int
     reports: list[StepReport] = field(default_factory=list)
-    profiler: profile | None = None
-    peak_bytes: int = 0
+    phases: PhaseClock = field(default_factory=PhaseClock)
 
     def hooks(self) -> Hooks:
         """For `training.build.build_run`."""
@@ -38,32 +29,26 @@ class StepMeter:
 
     def _on_step(self, state: RunState, report: StepReport) -> None:
         self.reports.append(report)
+        if len(self.reports) == self.warmup:
+            self.phases.seconds.clear()
 
     def measure(self, run: TrainingRun, dtype: str) -> dict[str, Any]:
         """Run the steps; returns the figures (see docs/training.md). Raises what training raises."""
-        run.total_steps = self.warmup + self.steps
+        run.total_steps, run.phases = self.warmup + self.steps, self.phases
         _run(run)
-        self.peak_bytes = peak_memory_bytes(run.device)
         measured = self.reports[self.warmup :]
         if not measured:
             raise UsageError("No step was done.", hint="Look at the log above for skipped steps.")
-        run.total_steps += _PROFILED_STEPS
-        with profile(activities=[ProfilerActivity.CPU]) as self.profiler:
-            _run(run)
-        profiled = self.reports[self.warmup + len(measured) :]
-        result = _figures(measured) | {"peak_mb": round(self.peak_bytes / 2**20)}
-        return result | self._phases(profiled) | _ceiling(run, measured, dtype)
+        peak = peak_memory_bytes(run.device)  # before the ceiling's own weights are made
+        result = _figures(measured) | {"peak_mb": round(peak / 2**20)}
+        return result | self._phases(measured) | _ceiling(run, measured, dtype)
 
-    def _phases(self, profiled: list[StepReport]) -> dict[str, Any]:
-        """Share of each phase in the profiled steps; `other` is clipping, counting and the loop itself."""
-        assert self.profiler is not None
-        total = sum(report.seconds for report in profiled)
-        events = {event.key: event for event in self.profiler.key_averages()}
-        shares = {
-            phase: events[phase].cpu_time_total / 1e6 / total for phase in PHASES if phase in events
-        }
+    def _phases(self, measured: list[StepReport]) -> dict[str, Any]:
+        """Share of each phase in the measured steps; `other` is clipping, counting and the loop itself."""
+        total = sum(report.seconds for report in measured)
+        shares = {name: seconds / total for name, seconds in self.phases.seconds.items()}
         shares["other"] = max(0.0, 1.0 - sum(shares.values()))
-        return {"phases": {phase: round(share, 4) for phase, share in shares.items()}}
+        return {"phases": {name: round(share, 4) for name, share in shares.items()}}
 
 
 def _run(run: TrainingRun) -> None:
