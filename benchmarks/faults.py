@@ -62,6 +62,8 @@ def try_goal(world: World, goal: str, share: float, seed: int) -> dict[str, int]
         rng = random.Random(f"{seed}:{goal}:{number}")
         if goal == "2000 steps":
             problem = repeating.long_run(world, number, rng, max(200, round(2000 * share)))
+        elif goal == "100 saves and loads":
+            problem = repeating.save_and_load(world, number, rng, max(20, round(100 * share)))
         else:
             problem = attempt_one(world, number, rng)
         if problem:

@@ -20,7 +20,7 @@ from ollatune.training import checkpointing
 def disk_full(world: World, attempt: int, rng: random.Random) -> str:
     """The disk fills up in the middle of a run: exit 5, nothing lost, and it goes on.
 
-    A file system of a few hundred KiB where one can be mounted, else a limit on file sizes; every fourth by ENOSPC.
+    A small file system where one can be mounted, else a limit on file sizes; every fourth by ENOSPC.
     """
     with _output(world) as (output, is_small_disk):
         wait(start(world.command("lora", output), faults="train.step:kill@4"))
@@ -57,7 +57,7 @@ def disk_full(world: World, attempt: int, rng: random.Random) -> str:
 def _output(world: World) -> Iterator[tuple[Path, bool]]:
     """An output folder, on a small file system of its own if this machine lets us mount one."""
     output = world.new_output()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(output)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(output)]
     try:
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     except OSError:

@@ -66,6 +66,17 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def require_writable(path: Path) -> None:
+    """Create the folder `path` and see that files can be made in it. Raises StorageError."""
+    make_folder(path)
+    probe = path / f"{STAGING_PREFIX}probe.{os.getpid()}.{secrets.token_hex(4)}"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
 def fsync_folder(path: Path) -> None:
     """Make renames in `path` durable. Does nothing where folders cannot be opened (Windows)."""
     with contextlib.suppress(OSError, PermissionError):

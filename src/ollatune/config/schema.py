@@ -149,6 +149,14 @@ class TrainingConfig(Section):
         2,
         description="Validations with rising validation loss and falling training loss before a warning; None is off.",
     )
+    overfitting_gap: float | None = Field(
+        0.5,
+        gt=0,
+        description=(
+            "Warn also when the validation loss is above the training loss by more than this share of it, and the gap "
+            "grows; None is off."
+        ),
+    )
     overfitting_raise_dropout: Fraction = Field(
         0.0,
         description="Added to the LoRA dropout when overfitting is detected; 0 changes nothing.",

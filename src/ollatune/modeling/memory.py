@@ -1,9 +1,13 @@
-"""Memory that a training run will need, modelled part by part from shapes alone."""
+"""Memory that a training run will need, modelled phase by phase from shapes alone.
+
+The coefficients are measured on SmolLM2-135M (`tests/invariant/test_estimates.py` holds them against real runs); what
+is modelled is resident memory of the process on a CPU, or of the device on a GPU.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ollatune.config.schema import Config
@@ -12,104 +16,214 @@ from ollatune.modeling.architectures import architecture_of
 from ollatune.modeling.fast.loss import CHUNK_LOGITS
 from ollatune.modeling.packed import KEPT_BYTES
 
-_DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_RUNTIME_BYTES = 450 << 20
-"""Python, torch and Transformers themselves, resident before any weight is there."""
-_OPTIMIZER_MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "adafactor": 0, "adamw_8bit": 0.5}
-_PACKED_SCRATCH_BYTES = 192 << 20
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PHASES = ("load", "step", "validation", "checkpoint", "finish")
+_RUNTIME_BYTES = 400 << 20
+"""Python, torch, Transformers and a model class, resident before any weight is there."""
+_MOMENTS = {"adamw": 2.0, "adam": 2.0, "sgd": 1.0, "adafactor": 0.0, "adamw_8bit": 0.5}
+_DECODE_BYTES = 192 << 20
+"""Decoded pieces and their intermediate values, while a packed layer computes or a dense one is filled."""
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256
+"""Per weight: four bits, an 8-bit scale for each 64, an fp32 one for each 256 of those."""
+_PLAIN_FACTOR = 2.2
+"""Transformers' own layers keep this many times the inputs and outputs of their linear layers."""
+_INSIDE_FACTOR = 1.5
+"""Values inside a layer at once, forward or backward, over what is kept of it."""
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes by part. `peak` is weights + trained + activations + logits + runtime, the moment of the backward pass."""
+class ModelSizes:
+    """Counts of weights, and of numbers per token.
 
-    total_parameters: int
-    trainable_parameters: int
-    weights_bytes: int
-    trained_bytes: int
-    activations_bytes: int
-    logits_bytes: int
-    runtime_bytes: int
-    checkpoint_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return (
-            self.weights_bytes + self.trained_bytes + self.activations_bytes
-            + self.logits_bytes + self.runtime_bytes
-        )  # fmt: skip
-
-    def as_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        parts = {
-            name: values[name]
-            for name in (
-                "weights_bytes", "trained_bytes", "activations_bytes", "logits_bytes", "runtime_bytes",
-            )
-        }  # fmt: skip
-        return {
-            "total_bytes": self.total_bytes,
-            "parts": parts,
-            "checkpoint_bytes": self.checkpoint_bytes,
-        }
-
-
-def estimate_memory(
-    gguf: GGUFFile, config: Config, *, mode: str, dtype: str, row_tokens: int, row_targets: int
-) -> MemoryEstimate:
-    """Estimate for micro-batches of `row_tokens` tokens, `row_targets` of them targets.
-
-    Activations kept for the backward pass, per token and layer: the layer's input twice (both residual branches), the
-    normalised inputs, query, key, value and attention output, and gate, up and their product.
+    Attributes:
+        total: all weights; linear: those of the decoder's linear layers, which every token passes; trained: adapter's
+            or all; stored_bytes: of the file's tensors; largest_tensor: weights of the largest one.
+        width, vocabulary, layers: of the decoder; inputs_outputs: sum over a layer's linear layers.
+        kept: numbers per token and layer that the fused forward pass keeps.
     """
+
+    total: int
+    linear: int
+    trained: int
+    stored_bytes: int
+    largest_tensor: int
+    width: int
+    vocabulary: int
+    layers: int
+    inputs_outputs: int
+    kept: int
+
+
+def model_sizes(gguf: GGUFFile, config: Config) -> ModelSizes:
+    """The sizes of a file's model, trained as `config` says."""
     architecture = architecture_of(gguf.metadata, gguf.tensors)
     tensors = gguf.tensors.values()
-    total = sum(math.prod(info.shape) for info in tensors)
-    width_bytes = _DTYPE_BYTES[dtype]
     shapes = {
         rule.hf_name: gguf.tensors[rule.gguf_name].shape for rule in architecture.present_rules()
     }
     linear = {
         name: shape
         for name, shape in shapes.items()
-        if ".layers." in name and len(shape) == 2 and name.endswith(".weight")
+        if ".layers." in name and len(shape) >= 2 and "norm" not in name
     }
-    advanced = config.advanced
-    if advanced.lora_enabled:
-        chosen = linear
-        if not isinstance(advanced.lora_target_modules, str):
-            wanted = tuple(advanced.lora_target_modules)
-            chosen = {n: s for n, s in linear.items() if n.split(".")[-2] in wanted}
-        if advanced.lora_layers is not None:
-            num_layers = 1 + max(int(n.split(".layers.")[1].split(".")[0]) for n in linear)
-            first = num_layers - advanced.lora_layers
-            chosen = {
-                n: s
-                for n, s in chosen.items()
-                if int(n.split(".layers.")[1].split(".")[0]) >= first
-            }
-        trainable = sum(advanced.lora_rank * (rows + columns) for rows, columns in chosen.values())
-    else:
-        trainable = total
-    moments = _OPTIMIZER_MOMENTS[config.training.optimizer]
-    trained = int(trainable * 4 * (1 + moments + (1 if advanced.lora_enabled else 0)))
-    packed = sum(info.size_bytes for info in tensors)
-    weights = packed + _PACKED_SCRATCH_BYTES if mode == "packed" else total * width_bytes
-    per_token = sum(rows for rows, _ in linear.values()) + sum(
-        columns for _, columns in linear.values()
+    layers = 1 + max(_layer(name) for name in linear)
+    vocabulary, width = next(s for n, s in shapes.items() if "embed" in n)
+    sides = sum(shape[-2] + shape[-1] for shape in linear.values()) // layers
+    outputs = sum(shape[-2] for shape in linear.values()) // layers
+    total = sum(math.prod(info.shape) for info in tensors)
+    return ModelSizes(
+        total=total,
+        linear=sum(math.prod(shape) for shape in linear.values()),
+        trained=_adapter_weights(linear, layers, config) if config.advanced.lora_enabled else total,
+        stored_bytes=sum(info.size_bytes for info in tensors),
+        largest_tensor=max(math.prod(info.shape) for info in tensors),
+        width=width,
+        vocabulary=vocabulary,
+        layers=layers,
+        inputs_outputs=sides,
+        kept=outputs + width,
     )
-    activations = per_token * row_tokens * width_bytes
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".layers.")[1].split(".")[0])
+
+
+def _adapter_weights(linear: dict[str, tuple[int, ...]], layers: int, config: Config) -> int:
+    advanced = config.advanced
+    chosen = {  # a router is no linear layer to Transformers
+        n: s for n, s in linear.items() if len(s) == 2 and n.endswith("_proj.weight")
+    }
+    if not isinstance(advanced.lora_target_modules, str):
+        wanted = tuple(advanced.lora_target_modules)
+        chosen = {n: s for n, s in chosen.items() if n.split(".")[-2] in wanted}
+    first = 0 if advanced.lora_layers is None else layers - advanced.lora_layers
+    return sum(
+        advanced.lora_rank * sum(shape) + (shape[0] if advanced.use_dora else 0)
+        for name, shape in chosen.items()
+        if _layer(name) >= first
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The heaviest rows of a run, in tokens, and the targets among them: of training and of validation."""
+
+    tokens: int
+    targets: int
+    validation_tokens: int
+    validation_targets: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by part (of the training step, the heaviest moment as a rule) and by phase."""
+
+    parts: dict[str, int]
+    phases: dict[str, int]
+    sizes: ModelSizes
+    checkpoint_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak of the run."""
+        return max(self.phases.values())
+
+    @property
+    def heaviest_phase(self) -> str:
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "total_bytes": self.total_bytes,
+            "heaviest_phase": self.heaviest_phase,
+            "phases": self.phases,
+            "parts": self.parts,
+            "checkpoint_bytes": self.checkpoint_bytes,
+        }
+
+
+def weights_bytes(sizes: ModelSizes, *, mode: str, dtype: str) -> int:
+    """What the frozen weights take in `mode`."""
+    width = DTYPE_BYTES[dtype]
+    if mode == "packed":
+        return sizes.stored_bytes
+    if mode == "nf4":
+        return int(sizes.linear * _NF4_BYTES) + (sizes.total - sizes.linear) * width
+    return sizes.total * width
+
+
+def estimate_memory(
+    gguf: GGUFFile,
+    config: Config,
+    *,
+    mode: str,
+    dtype: str,
+    rows: Rows,
+    is_fused: bool,
+    teacher_bytes: int = 0,
+) -> MemoryEstimate:
+    """Estimate for micro-batches no heavier than `rows`; `is_fused` says whether the fused forward pass is used."""
+    sizes = model_sizes(gguf, config)
+    is_full = not config.advanced.lora_enabled
+    weights = weights_bytes(sizes, mode=mode, dtype="fp32" if is_full else dtype)
+    decoding = _DECODE_BYTES if mode != "dense" else 0
+    own = 0 if is_full else 4 * sizes.trained  # an adapter's weights; all weights are the base's
+    moments = int(4 * _MOMENTS[config.training.optimizer] * sizes.trained)
+    gradients = 4 * sizes.trained
+    activations = _activation_bytes(
+        sizes,
+        config,
+        rows.tokens,
+        DTYPE_BYTES[dtype],
+        is_fused=is_fused,
+        is_packed=mode == "packed",
+    )
+    logits = _logit_bytes(sizes, dtype, rows.targets, 3 if config.distillation.teacher else 2)
+    parts = {
+        "runtime": _RUNTIME_BYTES,
+        "weights": weights + decoding,
+        "teacher": teacher_bytes,
+        "adapter": own,
+        "gradients": gradients,
+        "moments": moments,
+        "activations": activations,
+        "logits": logits,
+    }
+    resident = _RUNTIME_BYTES + weights + teacher_bytes
+    forward = int(
+        _INSIDE_FACTOR * sizes.inputs_outputs * rows.validation_tokens * DTYPE_BYTES[dtype]
+    )
+    trained = own + moments
+    largest = 4 * sizes.largest_tensor
+    phases = {
+        "load": resident + min(largest, _DECODE_BYTES) + decoding,
+        "step": sum(parts.values()),
+        "validation": resident + decoding + trained + gradients + forward
+        + _logit_bytes(sizes, dtype, rows.validation_targets, 2),
+        "checkpoint": resident + trained + gradients,
+        "finish": resident + trained + gradients + 8 * sizes.trained,
+    }  # fmt: skip
+    checkpoint = 4 * sizes.trained + moments + (1 << 20)
+    return MemoryEstimate(parts, phases, sizes, checkpoint)
+
+
+def _activation_bytes(
+    sizes: ModelSizes, config: Config, tokens: int, width: int, *, is_fused: bool, is_packed: bool
+) -> int:
+    """What forward keeps for backward, and the inside of the layer that is being computed.
+
+    A packed layer that is computed again keeps some of its decoded weights meanwhile.
+    """
+    kept = sizes.kept if is_fused else _PLAIN_FACTOR * sizes.inputs_outputs
+    inside = _INSIDE_FACTOR * kept
     if config.training.activation_checkpointing:
-        layers = max(1, sum(1 for n in linear if n.endswith(("o_proj.weight",))))
-        activations = activations // layers + layers * row_tokens * width_bytes * min(
-            s[1] for s in linear.values()
-        )
-        if mode == "packed":
-            layer = sum(math.prod(shape) for shape in linear.values()) // layers * width_bytes
-            activations += min(KEPT_BYTES, layer)
-    vocabulary = max(s[0] for n, s in shapes.items() if "embed" in n)
-    logits = 3 * 4 * min(CHUNK_LOGITS, vocabulary * max(1, row_targets))
-    return MemoryEstimate(
-        total, trainable, weights, trained, activations, logits, _RUNTIME_BYTES,
-        int(trainable * 4 * (1 + moments)) + (1 << 20),
-    )  # fmt: skip
+        decoded = min(KEPT_BYTES, sizes.linear // sizes.layers * width) if is_packed else 0
+        return decoded + int(tokens * width * (sizes.layers * sizes.width + inside + kept))
+    return int(tokens * width * (sizes.layers * kept + inside))
+
+
+def _logit_bytes(sizes: ModelSizes, dtype: str, targets: int, copies: int) -> int:
+    """Logits of one chunk of targets in fp32 and their gradient; bf16 and fp16 besides where they are computed so."""
+    chunk = min(CHUNK_LOGITS, sizes.vocabulary * max(1, targets))
+    return chunk * (4 * copies + (0 if dtype == "fp32" else 4))

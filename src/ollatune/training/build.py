@@ -273,7 +273,9 @@ def build_run(
             config.training.early_stopping_patience, config.training.early_stopping_min_delta
         ),
         loss_scale=LossScale.for_dtype(placement.dtype),
-        overfitting=OverfittingWatch(config.training.overfitting_patience),
+        overfitting=OverfittingWatch(
+            config.training.overfitting_patience, config.training.overfitting_gap
+        ),
         hooks=hooks,
         processes=processes,
         device=placement.device,

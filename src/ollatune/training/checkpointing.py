@@ -183,7 +183,8 @@ def require_disk(run: TrainingRun, folder: Path, keep: int) -> None:
 FREE_KEYS = (
     "training.keep_checkpoints", "training.checkpoint_every_steps", "training.evaluate_every_steps",
     "training.early_stopping_patience", "training.early_stopping_min_delta", "training.on_non_finite",
-    "training.overfitting_patience", "training.overfitting_raise_dropout", "training.max_steps",
+    "training.overfitting_patience", "training.overfitting_gap",
+    "training.overfitting_raise_dropout", "training.max_steps",
     "validation.", "export.", "ollama.", "output.", "distributed.",
     "training.activation_checkpointing", "training.fast_path", "training.native_kernels",
     "advanced.share_prefixes",

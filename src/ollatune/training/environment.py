@@ -18,6 +18,13 @@ from ollatune.base.log import get_logger
 from ollatune.modeling.fast.native import kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DETERMINISM = (
+    "Deterministic: the same machine, thread count and versions give the same bits; on a CPU that costs nothing "
+    "measurable (training.deterministic).",
+    "Deterministic: the same GPU and versions give the same bits; some operations are slower for it, one that has no "
+    "deterministic form ends the run, and cuBLAS gets a fixed workspace (training.deterministic: false lets go of it).",
+)
+"""What `training.deterministic` gives and costs, on a CPU and on a GPU."""
 _BF16_MINIMUM_GAIN = 1.2
 _PROBE_SHAPE = (256, 768, 2048)
 _PACKAGES = (

@@ -140,8 +140,14 @@ class TrainingRun:
         get_logger("training").warning("%s", advice)
         raised = self.config.training.overfitting_raise_dropout
         if raised:
-            for layer in lora_layers(self.model).values():
+            layers = lora_layers(self.model).values()
+            for layer in layers:
                 layer.dropout = min(0.5, layer.dropout + raised)
+            now = max((layer.dropout for layer in layers), default=None)
+            get_logger("training").info(
+                "LoRA dropout is %g now." if now is not None else "No adapter: dropout stays.",
+                *(() if now is None else (now,)),
+            )
 
     def _stop(self, signal_number: int) -> None:
         name = f"step_{self.state.step}.pt"

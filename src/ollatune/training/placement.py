@@ -14,12 +14,12 @@ from ollatune.base.text import format_bytes
 from ollatune.config.schema import Config
 from ollatune.gguf.inspect import file_type_name
 from ollatune.modeling.load import Mode
+from ollatune.modeling.memory import DTYPE_BYTES
 from ollatune.modeling.nf4 import require_bitsandbytes
 from ollatune.modeling.opened import OpenBase
 
 _DENSE_SHARE = 0.5
 """Dense weights are comfortable up to this share of the free memory: the rest is for activations and the system."""
-_DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 def dense_bytes(base: OpenBase, dtype: str) -> int:
     """Size of all weights decoded."""
-    return sum(math.prod(info.shape) for info in base.gguf.tensors.values()) * _DTYPE_BYTES[dtype]
+    return sum(math.prod(info.shape) for info in base.gguf.tensors.values()) * DTYPE_BYTES[dtype]
 
 
 def choose_mode(config: Config, base: OpenBase, dtype: str, device: torch.device) -> Mode:

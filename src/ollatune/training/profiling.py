@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from ollatune.base.files import make_folder, write_text
 from ollatune.base.log import get_logger
 from ollatune.base.text import format_bytes
-from ollatune.training.environment import peak_memory_bytes
+from ollatune.training.loop import TrainingRun
+from ollatune.training.memory_summary import memory_by_part, memory_text
 from ollatune.training.reports import StepReport
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -25,17 +25,18 @@ class StepProfiler:
     Args:
         folder: gets `trace.json` (for Perfetto or chrome://tracing) and `summary.txt`.
         num_steps: steps this run is going to do.
+        run: for where its memory is.
     """
 
-    def __init__(self, folder: Path, num_steps: int, device: torch.device) -> None:
+    def __init__(self, folder: Path, num_steps: int, run: TrainingRun) -> None:
         self.folder = make_folder(folder)
-        self.device = device
+        self.run = run
         self.reports: list[StepReport] = []
         skipped = _WAIT + _WARMUP if num_steps > _WAIT + _WARMUP else 0
         self._first = skipped
         self._active = max(1, min(_ACTIVE, num_steps - skipped))
         activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
+        if run.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._profile = profile(
             activities=activities,
@@ -73,12 +74,12 @@ class StepProfiler:
         if not self.reports:
             return
         recorded.export_chrome_trace(str(self.folder / "trace.json"))
-        text = summary(recorded.key_averages(), self.reports, peak_memory_bytes(self.device))
+        text = summary(recorded.key_averages(), self.reports, memory_by_part(self.run))
         write_text(self.folder / "summary.txt", text)
         get_logger("training").info("Profile: %s\n%s", self.folder / "summary.txt", text)
 
 
-def summary(averages: Any, reports: list[StepReport], peak_bytes: int) -> str:
+def summary(averages: Any, reports: list[StepReport], memory: dict[str, int]) -> str:
     """One page: share of each phase, of data loading, the costliest operations by time and by memory."""
     total = sum(report.seconds for report in reports)
     tokens = sum(report.num_tokens for report in reports)
@@ -87,7 +88,7 @@ def summary(averages: Any, reports: list[StepReport], peak_bytes: int) -> str:
         f"{len(reports)} steps profiled: {total / len(reports):.4f} s a step, {tokens / total:.0f} tokens/s "
         "(the profiler itself slows small steps down).",
         f"Data loading: {100 * sum(report.data_seconds for report in reports) / total:.1f} % of the time.",
-        f"Peak memory: {format_bytes(peak_bytes)}.",
+        f"Memory: {memory_text(memory)}.",
         "",
         "phase        seconds  share",
     ]
@@ -107,6 +108,6 @@ def summary(averages: Any, reports: list[StepReport], peak_bytes: int) -> str:
         )
     lines += ["", "largest allocations by operation, own          memory   calls"]
     for event in sorted(operations, key=lambda e: -e.self_cpu_memory_usage)[:5]:
-        memory = format_bytes(max(0, event.self_cpu_memory_usage))
-        lines.append(f"{event.key[:44]:44}  {memory:>8}  {event.count:6}")
+        size = format_bytes(max(0, event.self_cpu_memory_usage))
+        lines.append(f"{event.key[:44]:44}  {size:>8}  {event.count:6}")
     return "\n".join(lines) + "\n"

@@ -8,8 +8,8 @@ from typing import Any
 
 from ollatune.base.errors import DivergedError, EndedElsewhereError, Interrupted, OllatuneError
 from ollatune.base.log import get_logger
-from ollatune.training.environment import peak_memory_bytes
 from ollatune.training.loop import TrainingRun
+from ollatune.training.memory_summary import memory_by_part, memory_text
 from ollatune.training.progress import Progress
 from ollatune.training.reports import StepReport
 from ollatune.training.run_folder import MetricsLog, RunFolder, utc_now
@@ -93,6 +93,7 @@ class Recorder:
         """The run's last word; `seconds` since the program began."""
         state = run.state
         trained = time.perf_counter() - self._started
+        memory = memory_by_part(run)
         self.values |= {
             "status": "finished",
             "finished": utc_now(),
@@ -109,13 +110,15 @@ class Recorder:
             "tokens_per_second": round(
                 (state.tokens - self._tokens_before) / max(trained, 1e-9), 2
             ),
-            "peak_memory_mb": round(peak_memory_bytes(run.device) / 2**20, 1),
+            "peak_memory_mb": round(memory["peak"] / 2**20, 1),
+            "memory_bytes": memory,
             "train_loss": state.train_loss,
             "val_loss": state.val_loss,
             "best_val_loss": best_val_loss,
             "best_model": str(self.folder.best_path),
         }
         self.folder.write_run(self.values)
+        get_logger("training").info("Memory: %s.", memory_text(memory))
         get_logger("training").info("Best model: %s", self.folder.best_path)
 
     def failed(self, error: Exception) -> None:

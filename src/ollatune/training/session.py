@@ -14,6 +14,7 @@ import torch
 
 from ollatune.base.errors import UsageError
 from ollatune.base.faults import fault_point
+from ollatune.base.files import require_writable
 from ollatune.base.log import add_log_file, configure_logging, get_logger, remove_log_file
 from ollatune.checkpoint.format import Checkpoint, read_checkpoint
 from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
@@ -50,6 +51,7 @@ from ollatune.training.distributed import (
     disconnect_processes,
 )
 from ollatune.training.environment import (
+    DETERMINISM,
     choose_device,
     choose_dtype,
     configure_threads,
@@ -58,6 +60,7 @@ from ollatune.training.environment import (
     log_environment,
     package_versions,
 )
+from ollatune.training.estimate import warn_if_too_large
 from ollatune.training.loop import TrainingRun
 from ollatune.training.placement import Placement, choose_mode
 from ollatune.training.profiling import StepProfiler
@@ -123,6 +126,8 @@ class Session:
         )
         if self.processes.is_main:
             self._claim_folders()
+            for folder in (self.folder.path, self.checkpoints, self.config.output.logs):
+                require_writable(folder)
         self.processes.barrier()
         log_path = self.config.output.logs / f"{self.run_id}.log"
         handler = add_log_file(log_path) if self.processes.is_main else None
@@ -162,6 +167,8 @@ class Session:
         )
         self.base = open_base(source)
         check_family(source, self.config.model.model_family, self.base.architecture)
+        if self.config.training.deterministic:
+            logger.info("%s", DETERMINISM[device.type == "cuda"])
         logger.info("Base model %s, %s template.", source.name, self.base.template.source)
         teacher = open_teacher(self.config, self.base, self.find_remote)
         splits = load_data(
@@ -173,6 +180,8 @@ class Session:
         placement = Placement(device, dtype, mode)
         self.identity = self._identity(source, splits, dtype, mode, teacher)
         require_same(self.processes, self._facts())
+        if self.processes.is_main:
+            warn_if_too_large(self.config, self.base, splits, placement, teacher)
         plan = None
         if self.resume_from is not None:
             self._check_resume(self.resume_from[1])
@@ -317,7 +326,7 @@ class Session:
                 stack.callback(self.recorder.close)
             if self.profile and self.processes.is_main:
                 steps = run.total_steps - run.state.step
-                self.profiler = StepProfiler(self.folder.path / "profile", steps, run.device)
+                self.profiler = StepProfiler(self.folder.path / "profile", steps, run)
                 stack.callback(self.profiler.close)
             if self.debug:
                 self.gradients_shown = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -97,6 +98,8 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    if deterministic:  # without it, cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with first_import_of("torch._inductor"):  # which this imports, to set it there too
         torch.use_deterministic_algorithms(deterministic)
 

@@ -52,29 +52,50 @@ class EarlyStopping:
 
 @dataclass
 class OverfittingWatch:
-    """Overfitting: validation loss rose `patience` times in a row while training loss fell.
+    """Overfitting shows as a trend or as a gap (validation minus training loss).
 
-    The gap (validation minus training loss) is reported with it. None as patience turns the watch off.
+    The trend: validation loss rose `patience` times in a row while training loss fell. The gap: it is larger than
+    `max_gap` of the training loss and still growing. None turns either off.
     """
 
     patience: int | None
+    max_gap: float | None = None
     history: list[tuple[float, float]] = field(default_factory=list)
 
     def update(self, train_loss: float, val_loss: float) -> str | None:
-        """Take the losses of one validation; returns advice once the trend is there, else None."""
+        """Take the losses of one validation; returns what is seen and what to change, or None."""
         self.history.append((train_loss, val_loss))
+        seen = self._trend() or self._gap()
+        if seen is None:
+            return None
+        return (
+            f"Overfitting: {seen}. Train for fewer epochs or set early_stopping_patience; raise lora_dropout or "
+            "weight_decay; lower lora_rank or learning_rate; or add data."
+        )
+
+    def _trend(self) -> str | None:
         if self.patience is None or len(self.history) <= self.patience:
             return None
         recent = self.history[-self.patience - 1 :]
         pairs = list(itertools.pairwise(recent))
         if not all(new[1] > old[1] and new[0] < old[0] for old, new in pairs):
             return None
-        gap = val_loss - train_loss
+        train_loss, val_loss = recent[-1]
         return (
-            f"Overfitting: over the last {self.patience} validations the validation loss rose from "
-            f"{recent[0][1]:.4f} to {val_loss:.4f} while the training loss fell to {train_loss:.4f} "
-            f"(gap {gap:.4f}). Train for fewer epochs or set early_stopping_patience; raise "
-            "lora_dropout or weight_decay; lower lora_rank or learning_rate; or add data."
+            f"over the last {self.patience} validations the validation loss rose from {recent[0][1]:.4f} to "
+            f"{val_loss:.4f} while the training loss fell to {train_loss:.4f} (gap {val_loss - train_loss:.4f})"
+        )
+
+    def _gap(self) -> str | None:
+        if self.max_gap is None or len(self.history) < 2:
+            return None
+        before, now = (val_loss - train_loss for train_loss, val_loss in self.history[-2:])
+        train_loss, val_loss = self.history[-1]
+        if now <= self.max_gap * train_loss or now <= before:
+            return None
+        return (
+            f"the validation loss ({val_loss:.4f}) is {now:.4f} above the training loss ({train_loss:.4f}), "
+            f"more than {self.max_gap:.0%} of it, and the gap grows (it was {before:.4f})"
         )
 
     def state(self) -> dict[str, Any]:

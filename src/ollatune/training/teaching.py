@@ -31,14 +31,17 @@ def open_teacher(
     return teacher
 
 
+def teacher_mode(config: Config, opened: OpenBase, placement: Placement) -> Mode:
+    """How the teacher's weights are held."""
+    if config.distillation.quantization == "auto":
+        return comfortable_mode(opened, placement.dtype, placement.device, "Teacher")
+    return "packed" if config.distillation.quantization == "as-served" else "dense"
+
+
 def load_teacher(config: Config, opened: OpenBase, placement: Placement) -> Teacher:
     """The teacher's model, frozen, on the student's device in the student's number type."""
     settings = config.distillation
-    mode: Mode
-    if settings.quantization == "auto":
-        mode = comfortable_mode(opened, placement.dtype, placement.device, "Teacher")
-    else:
-        mode = "packed" if settings.quantization == "as-served" else "dense"
+    mode = teacher_mode(config, opened, placement)
     model = load_base_model(
         opened.gguf, mode=mode, dtype=DTYPES[placement.dtype], device=placement.device
     )
