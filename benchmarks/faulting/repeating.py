@@ -45,6 +45,12 @@ DRIFT: tuple[tuple[str, str], ...] = (
     ("refuse", "data.sources=[{{path: {other_data}}}]"),
 )
 """What is changed before a resume, and what must come of it."""
+FLAGS = {
+    "model.base_model": "--model",
+    "data.sources": "--data",
+    "training.epochs": "--epochs",
+    "training.learning_rate": "--learning-rate",
+}
 LONG_STEPS = 2000
 _MAX_SLOPE = 1024.0
 
@@ -102,13 +108,12 @@ def config_drift(world: World, attempt: int, rng: random.Random) -> str:
     log = output / "log"
     before = log.stat().st_size
     command = world.command("lora", output, "--resume", "auto", "--set", setting)
-    for flag, value in (("--model", "model.base_model="), ("--data", "data.sources=")):
-        if setting.startswith(value):  # a named flag would win over --set
-            at = command.index(flag)
-            del command[at : at + 2]
+    key = setting.partition("=")[0]
+    if (flag := FLAGS.get(key)) is not None:  # a flag beside it would win over --set
+        at = command.index(flag)
+        del command[at : at + 2]
     code = wait(start(command))
     said = log.read_bytes()[before:].decode()
-    key = setting.partition("=")[0]
     found = {
         "free": code == 0 and "Changed since the checkpoint" not in said,
         "warn": code == 0 and f"Changed since the checkpoint: {key}" in said,

@@ -152,3 +152,19 @@ def test_changed_settings_are_refused_on_resume(
         assert "the training data differs" in capsys.readouterr().err
     finally:
         (data / "extra.jsonl").unlink()
+
+
+def test_a_setting_of_the_resume_wins_over_a_flag_of_the_run_before(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it `--set training.learning_rate=…` would be ignored in silence where the run began with a flag."""
+    command = train_command(base, data, tmp_path)
+    assert run([*command, "--max-steps", "2"]) == 0
+    at = command.index("--learning-rate")
+    resume = [*command[:at], *command[at + 2 :], "--resume", "auto", "--max-steps", "3"]
+    assert run([*resume, "--set", "training.learning_rate=0.002"]) == 0
+    assert (
+        "Changed since the checkpoint: training.learning_rate: 0.01 → 0.002"
+        in capsys.readouterr().err
+    )
+    assert "learning_rate: 0.002" in (tmp_path / "config.yaml").read_text()

@@ -46,7 +46,8 @@ class Resumed:
 def resolve(options: TrainOptions) -> tuple[Config, Resumed | None, dict[str, Any]]:
     """The configuration of the run, the checkpoint it goes on from, and the overrides to remember in its own.
 
-    On resume the flags of the original run still hold; a configuration file is read anew, so edits in it count.
+    On resume the flags of the original run still hold unless a flag or `--set` of this one says otherwise; a
+    configuration file is read anew, so edits in it count.
     """
     sets, flags = list(options.assignments), dict(options.flags)
     if options.resume is None:
@@ -54,8 +55,10 @@ def resolve(options: TrainOptions) -> tuple[Config, Resumed | None, dict[str, An
         return config, None, {"set": sets, "flags": _plain(flags)}
     resumed = _find_checkpoint(options)
     earlier = resumed.checkpoint.resume.get("overrides", {"set": [], "flags": {}})
+    assigned = {assignment.partition("=")[0].strip() for assignment in sets}
+    kept = {key: value for key, value in earlier["flags"].items() if key not in assigned}
     sets = [*earlier["set"], *sets]
-    flags = {**earlier["flags"], **flags}
+    flags = {**kept, **flags}
     source: Path | ParsedYaml = options.config or ParsedYaml(
         str(resumed.path), _nested_copy(resumed.checkpoint.config)
     )
