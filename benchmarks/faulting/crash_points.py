@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -25,10 +26,20 @@ from ollatune.checkpoint.format import Checkpoint, read_checkpoint
 from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
 from ollatune.training import checkpointing
 from ollatune.training.checkpointing import Identity, Saver
+from ollatune.training.distributed import Processes
 
 WRITING = ("openat", "mkdir", "write", "pwrite64", "ftruncate", "fsync", "rename", "unlink")
 _STORAGE, _LEFT = StorageError.exit_code, 0
 _ATTACH_SECONDS = 10.0
+
+
+_RUN = cast(
+    Any,
+    SimpleNamespace(
+        processes=Processes(), sharing=SimpleNamespace(needs_all=False, saves_shards=False)
+    ),
+)
+"""As much of a run in one process as a saver looks at; what it would make a checkpoint of is replaced below."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,9 @@ class SaveUnderTrace:
         self.earlier, self.later = earlier, later
         later.val_loss = (earlier.val_loss or 1.0) / 2  # so that the earlier one is rotated away
         self.template = folder / "template"
-        self._saver(self.template, 0).save(cast(Any, None), "epoch_1.pt", is_best=True)
+        self._saver(self.template, 0).save(_RUN, "epoch_1.pt", is_best=True)
         shutil.copytree(self.template, folder / "warm")
-        self._saver(folder / "warm", 1).save(cast(Any, None), "epoch_2.pt", is_best=True)
+        self._saver(folder / "warm", 1).save(_RUN, "epoch_2.pt", is_best=True)
         self._count = 0
 
     def _saver(self, folder: Path, which: int) -> Saver:
@@ -123,7 +134,7 @@ class SaveUnderTrace:
                 return f"{point.injection}: the {name} checkpoint is neither the earlier nor the later one"
         if list((folder / "checkpoints").glob("corrupt-*")):
             return f"{point.injection}: a checkpoint was found damaged"
-        self._saver(folder, 1).save(cast(Any, None), "epoch_2.pt", is_best=True)
+        self._saver(folder, 1).save(_RUN, "epoch_2.pt", is_best=True)
         names = {path.name for path in (folder / "checkpoints").iterdir()}
         if newest_checkpoint(folder / "checkpoints")[1].step != self.later.step:
             return f"{point.injection}: saving again did not help"
@@ -158,7 +169,7 @@ def _save_when_told(saver: Saver) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
         os.kill(os.getpid(), signal.SIGSTOP)
-        saver.save(cast(Any, None), "epoch_2.pt", is_best=True)
+        saver.save(_RUN, "epoch_2.pt", is_best=True)
         code = 0
     except StorageError:
         code = _STORAGE
