@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ollatune.base.allocator import keep_freed_memory
 from ollatune.base.log import get_logger
 from ollatune.modeling.fast.native import kernels
 
@@ -36,6 +37,10 @@ _PACKAGES = (
     "safetensors",
     "numpy",
 )
+
+
+_ADVISED_BYTES = 2 << 30
+"""As much of the memory as activations of a step usually need is asked for in huge pages."""
 
 
 def choose_device() -> torch.device:
@@ -110,6 +115,13 @@ def configure_threads() -> int:
     return torch.get_num_threads()
 
 
+def configure_allocator() -> str:
+    """Keep freed memory for the next step, in huge pages where the system has them; what was done, for the log."""
+    import psutil
+
+    return keep_freed_memory(min(_ADVISED_BYTES, psutil.virtual_memory().available // 4))
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run's numbers depend on."""
     versions = {"python": platform.python_version()}
@@ -181,6 +193,8 @@ def log_environment(
     kernels.set_enabled(native_kernels)
     logger = get_logger("training")
     logger.info("Computing on %s in %s (%s), %d threads.", device, dtype, reason, num_threads)
+    if device.type == "cpu":
+        logger.info("Allocator: %s.", configure_allocator())
     if device.type == "cpu" and dtype == "bf16":
         used = "in use" if kernels.available() else "not in use, torch operators instead"
         logger.info("Compiled kernels: %s (%s).", used, kernels.state())

@@ -17,6 +17,8 @@ from ollatune.modeling.lora import frozen_backward, frozen_forward
 
 CHUNK_LOGITS = 16 << 20
 """Logits computed at a time; 16 Mi of fp32 is 64 MiB."""
+_NATIVE_FACTOR = 2
+"""The compiled kernel works in place on bf16: as many bytes hold twice the logits, and there are no copies."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class _HeadLoss(torch.autograd.Function):
         )
         total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         vocabulary = cast(int, cast(Any, head).out_features)
-        rows = _chunk_rows(hidden_ND.shape[0], vocabulary)
+        is_native = lesson is None and native.usable(hidden_ND)
+        rows = _chunk_rows(hidden_ND, vocabulary, is_native=is_native)
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
             chunk_nD = hidden_ND[part]
@@ -107,9 +110,10 @@ class _HeadLoss(torch.autograd.Function):
         return hidden, weight, None, None, None, None
 
 
-def _chunk_rows(count: int, vocabulary: int) -> int:
+def _chunk_rows(hidden_ND: Tensor, vocabulary: int, *, is_native: bool) -> int:
     """Positions computed at a time: as many as fit, in chunks of about equal size."""
-    largest = max(1, CHUNK_LOGITS // vocabulary)
+    count = hidden_ND.shape[0]
+    largest = max(1, CHUNK_LOGITS * (_NATIVE_FACTOR if is_native else 1) // vocabulary)
     chunks = max(1, -(-count // largest))
     return max(1, -(-count // chunks))
 
@@ -208,7 +212,8 @@ def head_evaluate(
 ) -> tuple[float, int]:
     """Loss sum without smoothing, and how many targets are the likeliest token."""
     plain = HeadSettings(settings.softcap)
-    rows = _chunk_rows(hidden_ND.shape[0], cast(int, cast(Any, head).out_features))
+    vocabulary = cast(int, cast(Any, head).out_features)
+    rows = _chunk_rows(hidden_ND, vocabulary, is_native=native.usable(hidden_ND))
     loss_sum, num_correct = 0.0, 0
     for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
         logits_nV = frozen_forward(head, hidden)
