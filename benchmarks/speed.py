@@ -79,6 +79,11 @@ PLAN = (
     _trainer("bf16-single-eager", "shared", steps=2),
     _trl("bf16-single-eager", "shared", steps=2),
 )
+NOT_MEASURED = {
+    "LLaMA-Factory 0.9.5": "installs, but does not import beside a CPU torch from PyPI: the torchvision it requires is built "
+    "for CUDA there (operator torchvision::nms does not exist)",
+}
+"""Others that were tried, and why they have no line."""
 CURVES = (
     Measurement(OURS, "default", "mixed", "speed_ours.py", None, 0, 50),
     Measurement(OURS, "default-fp32", "mixed", "speed_ours.py", None, 0, 50),
@@ -279,7 +284,7 @@ def main() -> int:
         **ratios(rows),
         "ceiling_tokens_per_second": {name: round(value, 1) for name, value in ceiling.items()},
         "ceiling_share": round(ours[0]["tokens_per_second"] / best, 3) if ours else None,
-        "not_measured": missing,
+        "not_measured": NOT_MEASURED | missing,
     }
     if options.curves:
         curves, failed = collect(CURVES, 1, folder, say)
