@@ -80,8 +80,8 @@ PLAN = (
     _trl("bf16-single-eager", "shared", steps=2),
 )
 NOT_MEASURED = {
-    "LLaMA-Factory 0.9.5": "installs, but does not import beside a CPU torch from PyPI: the torchvision it requires is built "
-    "for CUDA there (operator torchvision::nms does not exist)",
+    "LLaMA-Factory 0.9.5": "installs, but does not import beside a CPU torch: the torchvision that it requires is "
+    "built for CUDA on PyPI (operator torchvision::nms does not exist)",
 }
 """Others that were tried, and why they have no line."""
 CURVES = (
