@@ -44,15 +44,6 @@ def require_backend(config: Config, *, distributed: bool) -> None:
             f"training.optimizer: {training.optimizer} does not work on sharded weights.",
             hint="Use adamw, adam or sgd, or distributed.backend: ddp.",
         )
-    if (
-        backend == "deepspeed"
-        and config.distributed.zero_stage == 3
-        and config.advanced.lora_enabled
-    ):
-        raise UsageError(
-            "distributed.zero_stage: 3 trains all weights only: it lets frozen ones go before they are computed with.",
-            hint="For an adapter use distributed.backend: fsdp, or zero_stage: 2.",
-        )
     if backend == "deepspeed" and training.on_non_finite != "stop":
         raise UsageError(
             f"training.on_non_finite: {training.on_non_finite} does not work with DeepSpeed: "

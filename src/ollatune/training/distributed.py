@@ -141,6 +141,10 @@ class Processes:
             return error
         if isinstance(error, EndedElsewhereError):
             return error
+        if isinstance(error, Interrupted) and not self.is_main:
+            # All stop at the same step: the first process says so.
+            self._ended = EndedElsewhereError(error.message, exit_code=error.exit_code)
+            return self._ended
         known = error if isinstance(error, OllatuneError) else _own_error(error)
         self._ended = self._first_error(known)
         return self._ended

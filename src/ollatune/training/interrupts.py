@@ -13,9 +13,13 @@ class StopRequest:
     """A context manager that turns SIGINT and SIGTERM into `signal_number`, restored on exit.
 
     Outside the main thread it installs nothing: signals never arrive there.
+
+    Args:
+        speaks: whether to say that the signal has arrived. Of several processes, which all get it, one does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, speaks: bool = True) -> None:
+        self._speaks = speaks
         self.signal_number: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -29,6 +33,8 @@ class StopRequest:
         if self.signal_number is not None:
             os._exit(128 + number)  # no clean-up on purpose: finished files are already durable
         self.signal_number = number
+        if not self._speaks:
+            return
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         sys.stderr.write(
             f"\n{name}: saving after this step. Press Ctrl-C again to leave at once.\n"

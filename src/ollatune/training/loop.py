@@ -80,7 +80,7 @@ class TrainingRun:
         """Train to the end. Raises Interrupted, DivergedError or OutOfMemoryError; state is saved where it can be."""
         self.model.train()
         steps = self.loader.steps(self.state.position)
-        with StopRequest() as stop:
+        with StopRequest(speaks=self.processes.is_main) as stop:
             while True:
                 self._at_boundary()
                 if self._is_finished():

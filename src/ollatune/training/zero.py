@@ -67,6 +67,10 @@ class ZeroSharing(Sharing):
             },
             dist_init_required=False,
         )
+        if settings.zero_stage == 3:
+            # DeepSpeed reduces a layer's gradients as soon as its input's are known. With frozen embeddings the first
+            # layer's input has none: its gradients would be taken before they exist.
+            cast(Any, self.model).enable_input_require_grads()
         self._zero = self.engine.optimizer
         # Every loss comes out of the engine: its backward pass is prepared there.
         step = GatheredStep(step_function, self.engine, self.within)
@@ -134,7 +138,7 @@ class ZeroSharing(Sharing):
         if self.config.distributed.zero_stage < 3:
             parameter.data.copy_(whole)
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0):
             if self.processes.is_main:
@@ -168,7 +172,8 @@ class ZeroSharing(Sharing):
             states[number] = {}
             for key, value in kept.items():
                 if not isinstance(value, Tensor) or value.dim() == 0:
-                    states[number][key] = value.cpu() if isinstance(value, Tensor) else value
+                    # Each its own step: one tensor for all would be counted up once for each of them.
+                    states[number][key] = _copied(value)
                     continue
                 whole = safe_get_full_optimizer_state(parameter, key)
                 if self.processes.is_main:
@@ -199,8 +204,8 @@ class ZeroSharing(Sharing):
         for flat in self._flat_parts():
             for key, value in state["state"][0].items():
                 is_shared = not isinstance(value, Tensor) or value.dim() == 0
-                own = value if is_shared else torch.zeros_like(flat)
-                self.optimizer.state[flat][key] = own.clone() if isinstance(own, Tensor) else own
+                own = _copied(value) if is_shared else torch.zeros_like(flat)
+                self.optimizer.state[flat][key] = own
         self._link_states()
         for number, (_, parameter) in enumerate(self._numbered):
             for key, value in state["state"][number].items():
@@ -223,6 +228,10 @@ class ZeroSharing(Sharing):
             ]
 
         return self.within(compute)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
 def _import_deepspeed(device: torch.device) -> Any:
