@@ -111,7 +111,7 @@ def test_one_process_and_other_backends_go_on_from_shards_and_back(
     base: Path, data: Path, single: dict[str, Path], tmp_path: Path
 ) -> None:
     arguments = command(base, data, tmp_path / "out", "lora", 2, *FSDP)
-    start(2, arguments, code=143, faults={1: "train.step:terminate@3"})
+    start(2, arguments, code=143, faults={1: "train.step:terminate@2"})
     copy = tmp_path / "copy"
     shutil.copytree(tmp_path / "out", copy)
     checkpoints = ["--resume", str(next((copy / "checkpoints").glob("step_*.shards")))]
