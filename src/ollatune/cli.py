@@ -17,6 +17,7 @@ import typer
 
 from ollatune import __version__
 from ollatune.base.errors import OllatuneError
+from ollatune.base.leaving import leave
 from ollatune.base.log import configure_logging, redact
 
 app = typer.Typer(
@@ -734,4 +735,4 @@ def _usage_error(error: Exception) -> int:
 
 def entry() -> None:
     """The console command."""
-    sys.exit(main())
+    leave(main())
