@@ -1,7 +1,7 @@
 """Memory that a training run will need, modelled phase by phase from shapes alone.
 
-The coefficients are measured on SmolLM2-135M (`tests/invariant/test_estimates.py` holds them against real runs); what
-is modelled is resident memory of the process on a CPU, or of the device on a GPU.
+The coefficients were measured on SmolLM2-135M; `benchmarks/memory.py` measures real runs to compare.
+What is modelled is resident memory of the process on a CPU, or of the device on a GPU.
 """
 
 from __future__ import annotations
