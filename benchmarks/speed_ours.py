@@ -35,7 +35,7 @@ from ollatune.modeling.fast.forward import CausalStep, PackedRow
 from ollatune.modeling.fast.segments import lay_out
 from ollatune.modeling.load import load_base_model
 from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters
-from ollatune.training.environment import DTYPES, choose_dtype
+from ollatune.training.environment import DTYPES, choose_dtype, configure_allocator
 from ollatune.training.optimizer import build_optimizer
 
 
@@ -59,6 +59,7 @@ def row_of(examples: list[Example], step: CausalStep) -> PackedRow:
 def main() -> None:
     job = Job.from_arguments()
     torch.set_num_threads(THREADS)
+    configure_allocator()
     device = torch.device("cpu")
     dtype = "fp32" if job.setting.endswith("fp32") else choose_dtype("auto", device)[0]
     with GGUFFile.open(fetch_embedded("smollm2-135m")) as gguf:
