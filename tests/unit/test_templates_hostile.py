@@ -14,7 +14,7 @@ from ollatune.templates.jinja import JinjaTemplate
 from ollatune.templates.messages import Message
 
 TODAY = datetime.date(2024, 7, 26)
-LONGEST_SECONDS = 6.0
+LONGEST_SECONDS = 30.0
 
 # Each is refused. CANARY is a file that must not come into being.
 HOSTILE = {
