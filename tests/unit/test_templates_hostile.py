@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import time
+import resource
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from ollatune.templates.jinja import JinjaTemplate
 from ollatune.templates.messages import Message
 
 TODAY = datetime.date(2024, 7, 26)
-LONGEST_SECONDS = 30.0
+LONGEST_SECONDS = 6.0
 
 # Each is refused. CANARY is a file that must not come into being.
 HOSTILE = {
@@ -67,13 +67,19 @@ HOSTILE = {
 QUICK = ("cycler globals", "include", "nested ranges", "repeated text", "wide number format")
 
 
+def processor_seconds() -> float:
+    """Of the child processes that have ended; a busy machine is not the template's fault."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def refusal(name: str, folder: Path) -> tuple[str, float]:
     canary = folder / "canary"
     template = JinjaTemplate(HOSTILE[name].replace("CANARY", str(canary)), today=TODAY)
-    started = time.monotonic()
+    started = processor_seconds()
     with pytest.raises(InputError) as caught:
         template.render([Message("user", "Hello")], add_generation_prompt=True)
-    seconds = time.monotonic() - started
+    seconds = processor_seconds() - started
     assert not canary.exists()
     assert template.digest not in jinja._tried
     return str(caught.value), seconds
