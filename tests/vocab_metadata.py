@@ -1,7 +1,8 @@
 """Real vocabularies as GGUF metadata, for tiny models that llama.cpp can load (`tiny_gguf(…, tokenizer=…)`).
 
-Two kinds of name: those of HF_TOKENIZERS (converted here from `tokenizer.json`, as llama.cpp's converter would), and
-`ggml:NAME` for the metadata of llama.cpp's own `ggml-vocab-NAME.gguf`, taken over unchanged.
+Three kinds of name: those of HF_TOKENIZERS (converted here from `tokenizer.json`, as llama.cpp's converter would),
+`ggml:NAME` for the metadata of llama.cpp's own `ggml-vocab-NAME.gguf`, taken over unchanged, and `mistral:VERSION` for
+Mistral's SentencePiece models.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import gguf
 
 from ollatune.gguf.reader import GGUFFile
-from tests.assets import ggml_vocab, hf_tokenizer_dir
+from tests.assets import ggml_vocab, hf_tokenizer_dir, mistral_sentencepiece
 
 Metadata = dict[str, tuple[Any, gguf.GGUFValueType]]
 
@@ -37,6 +38,8 @@ def vocab_metadata(name: str) -> Metadata:
     """
     if name.startswith("ggml:"):
         return _from_file(name.removeprefix("ggml:"))
+    if name.startswith("mistral:"):
+        return _from_sentencepiece(name.removeprefix("mistral:"))
     folder = hf_tokenizer_dir(name)
     model = json.loads((folder / "tokenizer.json").read_bytes())
     config = json.loads((folder / "tokenizer_config.json").read_bytes())
@@ -50,6 +53,35 @@ def _from_file(name: str) -> Metadata:
             for key in file.metadata
             if key.startswith(_KEY)
         }
+
+
+def _from_sentencepiece(version: str) -> Metadata:
+    """As llama.cpp's converter writes it. Mistral 7B's tokenizers put BOS in front."""
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(mistral_sentencepiece(version)))
+    every = range(model.vocab_size())
+    kinds, token_type = gguf.GGUFValueType, gguf.TokenType
+    types = [int(token_type.NORMAL)] * len(every)
+    for is_kind, kind in (
+        (model.is_control, token_type.CONTROL),
+        (model.is_unknown, token_type.UNKNOWN),
+        (model.is_byte, token_type.BYTE),
+        (model.is_unused, token_type.UNUSED),
+    ):
+        for i in filter(is_kind, every):
+            types[i] = int(kind)
+    return {
+        f"{_KEY}model": ("llama", kinds.STRING),
+        f"{_KEY}pre": ("default", kinds.STRING),
+        f"{_KEY}tokens": ([model.id_to_piece(i) for i in every], kinds.ARRAY),
+        f"{_KEY}scores": ([model.get_score(i) for i in every], kinds.ARRAY),
+        f"{_KEY}token_type": (types, kinds.ARRAY),
+        f"{_KEY}add_bos_token": (True, kinds.BOOL),
+        f"{_KEY}bos_token_id": (model.bos_id(), kinds.UINT32),
+        f"{_KEY}eos_token_id": (model.eos_id(), kinds.UINT32),
+        f"{_KEY}unknown_token_id": (model.unk_id(), kinds.UINT32),
+    }
 
 
 def _convert(name: str, tokenizer: dict[str, Any], config: dict[str, Any]) -> Metadata:

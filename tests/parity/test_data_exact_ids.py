@@ -1,59 +1,263 @@
-"""Records rendered with published vocabularies and templates: ids, mask, BOS and end by exact ids."""
+"""Records rendered with published vocabularies and templates: ids, mask, BOS and end by exact ids.
+
+What is expected comes from Transformers' renderings and from `tokenizers` alone. Families share vocabularies as the
+models do: Zephyr and Neural Chat have Mistral 7B 0.1's, Alpaca has the first Llama's, Llama 3.1 and 3.3 have 3.2's.
+Generic ChatML is rendered with Qwen 2.5's, which has its tokens.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
-from ollatune.data.position import Position, Record
+from ollatune.data.position import Position, Record, RecordError
 from ollatune.data.records import RecordReader
 from ollatune.data.render import Renderer
+from ollatune.data.store import Example
+from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.tokenizer import GGUFTokenizer
-from ollatune.templates import Message
-from tests.assets import hf_tokenizer_dir
-from tests.parity.test_template_parity import by_transformers, template_of
+from ollatune.templates import ChatTemplate, Message
+from tests.parity.test_template_parity import CONVERSATIONS, ODD, by_transformers, template_of
+from tests.reference_tokenizers import ReferenceTokenizer, reference_tokenizer, smollm2_tokenizer
 from tests.vocab_metadata import vocab_metadata
 
-# family: (vocabulary, id of BOS if the model is served with one, id that ends an answer)
+Targets = Literal["all", "last"]
+Pieces = list[tuple[str, bool]]
+"""Text, and whether its tokens are targets."""
+
+WHERE = Position("a.jsonl", 1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """`lead` is what the model says before the answer's text, `shown` what the template makes of that text, `end` what
+    the model says after it, `trailing` what the template writes after a last answer, which nobody says. The ids are
+    those of the published models. In `num_joined` of the conversations a token of the whole text would hold the end of
+    a prompt and the beginning of an answer."""
+
+    vocabulary: str
+    bos_id: int | None
+    end: str
+    end_id: int
+    trailing: str = ""
+    lead: str = ""
+    shown: Callable[[str], str] = str
+    num_joined: int = 0
+    name: str = "model"
+
+
 FAMILIES = {
-    "llama3.2": ("llama3_2", 128000, 128009),
-    "qwen2.5": ("qwen2_5", None, 151645),
-    "gemma3": ("gemma3", 2, 106),
+    "chatml": Family("qwen2_5", None, "<|im_end|>", 151645, "\n", num_joined=1),
+    "qwen2.5": Family("qwen2_5", None, "<|im_end|>", 151645, "\n", num_joined=1),
+    "qwen3": Family(
+        "qwen3",
+        None,
+        "<|im_end|>",
+        151645,
+        "\n",
+        "<think>\n\n</think>\n\n",
+        lambda text: text.lstrip("\n"),
+    ),
+    "llama3": Family("llama3", 128000, "<|eot_id|>", 128009, shown=str.strip),
+    "llama3.1": Family("llama3_2", 128000, "<|eot_id|>", 128009, shown=str.strip),
+    "llama3.2": Family("llama3_2", 128000, "<|eot_id|>", 128009, shown=str.strip),
+    "llama3.3": Family("llama3_2", 128000, "<|eot_id|>", 128009, shown=str.strip),
+    "gemma2": Family("gemma2", 2, "<end_of_turn>", 107, "\n", shown=str.strip),
+    "gemma3": Family("gemma3", 2, "<end_of_turn>", 106, "\n", shown=str.strip),
+    "mistral": Family("mistral:v3", 1, "</s>", 2, lead=" ", shown=str.strip),
+    "mistral-nemo": Family("mistral_nemo", 1, "</s>", 2),
+    "phi3": Family("ggml:phi-3", 1, "<|end|>", 32007, "\n", name="Phi3"),
+    "phi3.5": Family("ggml:phi-3", 1, "<|end|>", 32007, "\n<|endoftext|>", name="Phi3"),
+    "zephyr": Family("mistral:v1", 1, "</s>", 2, "\n"),
+    "neural-chat": Family("mistral:v1", 1, "</s>", 2, "\n"),
+    "alpaca": Family("ggml:llama-spm", 1, "</s>", 2, "\n\n"),
+    "smollm2": Family("embedded", None, "<|im_end|>", 2, "\n", num_joined=9),
 }
-QUESTIONS_AND_ANSWERS = [
-    ("One?", "1"),
-    ("Zwei? Größe “x” – 3,5 %", "Ja: {{ braces }} and {% tags %}\n\n  indented"),
-    ("日本語で 🚀 please", "はい、どうぞ。 12345 apples"),
-    ("{'a': [1, 2]}", "if (a < b) { return &c; }\t// end"),
-]
+# Vocabularies of 130,000 tokens and more take long to read; two of them are enough every day.
+SLOW = ("chatml", "qwen3", "llama3", "llama3.1", "llama3.3", "gemma2", "mistral-nemo")
+MARKS = {"smollm2": [pytest.mark.weights]} | {name: [pytest.mark.slow] for name in SLOW}
+EVERY_FAMILY = [pytest.param(name, marks=MARKS.get(name, [])) for name in FAMILIES]
+
+S, U, A = "system", "user", "assistant"
+ANSWERS = ("Fine.", *ODD)
+MORE: list[list[tuple[str, str]]] = [
+    [(U, "{'a': [1, 2]}"), (A, "if (a < b) { return &c; }\t// end")],
+    [(U, "日本語で 🚀 please"), (A, "はい、どうぞ。 12345 apples"), (U, "3,5 %?"), (A, "Größe “x” – 3,5 %")],
+    [(U, "Far down?"), (A, "\n\nTwo lines down.")],
+    [(U, "1"), (A, " 2 "), (U, " 3 "), (A, "\t4")],
+    [(S, "Be brief.\n"), (U, "Code?"), (A, "{{ braces }} and {% tags %}\n\n  indented"), (U, "?"), (A, "!")],
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("system", [None, "Be brief."])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ids_mask_bos_and_end_are_those_of_the_reference(family: str, system: str | None) -> None:
-    vocabulary, bos_id, end_id = FAMILIES[family]
-    reference = Tokenizer.from_file(str(hf_tokenizer_dir(vocabulary) / "tokenizer.json"))
+def _finished() -> list[list[Message]]:
+    """Conversations that end with an answer; records without answers, or with a late system message, are refused."""
+    found = [[Message(role, text) for role, text in turns] for turns in MORE]
+    for messages in CONVERSATIONS:
+        roles = [message.role for message in messages]
+        if all(message.content for message in messages if message.role == A) and S not in roles[1:]:
+            found.append([*messages, Message(A, ANSWERS[len(found) % len(ANSWERS)])])
+    return found
+
+
+FINISHED = _finished()
+
+
+@lru_cache(maxsize=2)
+def tokenizer_of(vocabulary: str, name: str) -> GGUFTokenizer:
     metadata = {key: value for key, (value, _) in vocab_metadata(vocabulary).items()}
-    tokenizer = GGUFTokenizer.from_metadata(metadata)
-    template = template_of(family)
-    renderer = Renderer(tokenizer, template, max_length=4096)
-    end = reference.id_to_token(end_id)
-    for question, answer in QUESTIONS_AND_ANSWERS:
-        value = {"instruction": question, "response": answer}
-        reader = RecordReader(system=system)
-        sample = reader(Record(value, Position("a.jsonl", 1)))
-        (rendered,) = renderer(sample, Position("a.jsonl", 1))
-        turns = ([Message("system", system)] if system else []) + [Message("user", question)]
-        prompt = by_transformers(template, turns, add_generation_prompt=True)
-        assert prompt is not None
-        prompt_ids = reference.encode(prompt, add_special_tokens=False).ids
-        answer_ids = reference.encode(answer + end, add_special_tokens=False).ids
-        ids, mask = rendered.example.token_ids.tolist(), rendered.example.is_target
-        assert ids[: len(prompt_ids)] == prompt_ids
-        targets = np.flatnonzero(mask)
-        assert targets.tolist() == list(range(len(prompt_ids), len(prompt_ids) + len(answer_ids)))
-        assert rendered.example.token_ids[mask].tolist() == answer_ids
-        assert answer_ids[-1] == end_id
-        assert ids.count(bos_id) == (bos_id is not None)
-        assert bos_id is None or ids[0] == bos_id
+    if vocabulary == "llama3":
+        # Its tokenizer.json leaves BOS to the template; GGUF files have no such key, and BOS is put in front.
+        del metadata["tokenizer.ggml.add_bos_token"]
+    return GGUFTokenizer.from_metadata({**metadata, "general.name": name})
+
+
+def tokenizers_of(
+    family: Family, request: pytest.FixtureRequest
+) -> tuple[GGUFTokenizer, ReferenceTokenizer]:
+    if family.vocabulary == "embedded":
+        path = request.getfixturevalue("smollm2_path")
+        with GGUFFile.open(path) as file:
+            return GGUFTokenizer.from_metadata(file.metadata), smollm2_tokenizer(path)
+    tokenizer = tokenizer_of(family.vocabulary, family.name)
+    return tokenizer, reference_tokenizer(family.vocabulary)
+
+
+def expected_examples(
+    family: Family, template: ChatTemplate, messages: Sequence[Message], targets: Targets
+) -> list[Pieces] | None:
+    """The examples that Transformers' renderings make of `messages`; None where they are refused.
+
+    All answers are targets of one example if the last prompt shows the others as they were said; else each has its own.
+    """
+    turns: list[tuple[str, str]] = []
+    for i, message in enumerate(messages):
+        if message.role != A:
+            continue
+        prompt = by_transformers(template, messages[:i], add_generation_prompt=True)
+        closed = by_transformers(template, messages[: i + 1], add_generation_prompt=False)
+        if prompt is None or closed is None:
+            return None
+        answer = family.lead + family.shown(message.content) + family.end
+        assert answer + family.trailing in closed
+        if template.adds_bos and not prompt.startswith(template.bos_text):
+            prompt = template.bos_text + prompt  # the server puts it there
+        turns.append((prompt, answer))
+    if targets == "last":
+        turns = turns[-1:]
+    last_prompt = turns[-1][0]
+    if not all(last_prompt.startswith(prompt + answer) for prompt, answer in turns[:-1]):
+        return [[(p, False), (a, True), (family.trailing, False)] for p, a in turns]
+    pieces: Pieces = []
+    position = 0
+    for prompt, answer in turns:
+        pieces += [(last_prompt[position : len(prompt)], False), (answer, True)]
+        position = len(prompt + answer)
+    return [[*pieces, (family.trailing, False)]]
+
+
+def assert_is(
+    example: Example, family: Family, pieces: Pieces, piece_ids: Sequence[Sequence[int]]
+) -> None:
+    """`example` has exactly these tokens; targets are those of answers, each with its end; BOS is once or never."""
+    ids = example.token_ids.tolist()
+    assert ids == list(itertools.chain.from_iterable(piece_ids))
+    expected = [
+        is_target for (_, is_target), found in zip(pieces, piece_ids, strict=True) for _ in found
+    ]
+    assert example.is_target.tolist() == expected
+    ends = [found[-1] for (_, is_target), found in zip(pieces, piece_ids, strict=True) if is_target]
+    assert set(ends) == {family.end_id}
+    if family.bos_id is not None:
+        assert ids.count(family.bos_id) == 1
+        assert ids[0] == family.bos_id
+        assert not example.is_target[0]
+
+
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_ids_mask_bos_and_end_are_those_of_the_reference(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    family, template = FAMILIES[name], template_of(name)
+    tokenizer, reference = tokenizers_of(family, request)
+    assert reference.id_of(family.end) == family.end_id
+    assert tokenizer.add_bos == (family.bos_id is not None)
+    num_conversations = {"all": 0, "last": 0}
+    num_joined = 0
+    for targets in ("all", "last"):
+        renderer = Renderer(tokenizer, template, max_length=8192, targets=targets)
+        for messages in FINISHED:
+            turns = [{"role": message.role, "content": message.content} for message in messages]
+            sample = RecordReader(system=None)(Record({"messages": turns}, WHERE))
+            examples = expected_examples(family, template, messages, targets)
+            if examples is None:
+                with pytest.raises(RecordError, match="cannot render this record"):
+                    renderer(sample, WHERE)
+                continue
+            for rendered, pieces in zip(renderer(sample, WHERE), examples, strict=True):
+                ids, is_whole = reference.encode_pieces([text for text, _ in pieces])
+                assert_is(rendered.example, family, pieces, ids)
+                num_joined += targets == "all" and not is_whole
+            num_conversations[targets] += 1
+    assert min(num_conversations.values()) >= 20
+    assert num_joined == family.num_joined
+
+
+def _shifted(example: Example) -> Example:
+    return Example(example.token_ids, np.roll(example.is_target, 1))
+
+
+def _without_end(example: Example) -> Example:
+    mask = example.is_target.copy()
+    mask[np.flatnonzero(mask)[-1]] = False
+    return Example(example.token_ids, mask)
+
+
+def _with_a_question(example: Example) -> Example:
+    mask = example.is_target.copy()
+    mask[np.flatnonzero(~mask)[1]] = True
+    return Example(example.token_ids, mask)
+
+
+def _last_answer_alone(example: Example) -> Example:
+    mask = example.is_target.copy()
+    mask[: np.flatnonzero(~mask[: np.flatnonzero(mask)[-1]])[-1]] = False
+    return Example(example.token_ids, mask)
+
+
+def _with_bos_twice(example: Example) -> Example:
+    return Example(
+        np.insert(example.token_ids, 0, example.token_ids[0]),
+        np.insert(example.is_target, 0, False),
+    )
+
+
+def _without_bos(example: Example) -> Example:
+    return Example(example.token_ids[1:], example.is_target[1:])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_shifted, _without_end, _with_a_question, _last_answer_alone, _with_bos_twice, _without_bos],
+)
+def test_whatever_is_spoiled_is_noticed(
+    spoil: Callable[[Example], Example], request: pytest.FixtureRequest
+) -> None:
+    family, template = FAMILIES["zephyr"], template_of("zephyr")
+    tokenizer, reference = tokenizers_of(family, request)
+    messages = FINISHED[1]
+    examples = expected_examples(family, template, messages, "all")
+    assert examples is not None
+    (pieces,) = examples
+    ids, _ = reference.encode_pieces([text for text, _ in pieces])
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    sample = RecordReader(system=None)(Record({"messages": turns}, WHERE))
+    (rendered,) = Renderer(tokenizer, template, max_length=8192)(sample, WHERE)
+    assert_is(rendered.example, family, pieces, ids)
+    with pytest.raises(AssertionError):
+        assert_is(spoil(rendered.example), family, pieces, ids)

@@ -67,6 +67,18 @@ LLAMA2 = (
     "{{ bos_token + '[INST] ' + content + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
     "{{ ' ' + content + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+# Mistral 7B 0.3, without its part about tools.
+MISTRAL = (
+    "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}"
+    "{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}"
+    "{{- bos_token }}{%- for message in loop_messages %}"
+    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{- raise_exception('Conversation roles must alternate') }}{%- endif %}"
+    "{%- if message['role'] == 'user' %}{%- if loop.last and system_message is defined %}"
+    "{{- '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}{%- else %}"
+    "{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}"
+    "{%- else %}{{- ' ' + message['content']|trim + eos_token }}{%- endif %}{%- endfor %}"
+)
 PHI3 = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') %}"
     "{{'<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n'}}"
@@ -118,6 +130,7 @@ FAMILIES = {
     ),
     "gemma2": Family(collected("google-gemma-2-2b-it.jinja"), "<bos>", "<eos>", True, "gemma", 22),
     "gemma3": Family(published("gemma3"), "<bos>", "<end_of_turn>", True, "gemma", 37),
+    "mistral": Family(given(MISTRAL), "<s>", "</s>", True, "mistral", 37),
     "mistral-nemo": Family(
         collected("mistralai-Mistral-Nemo-Instruct-2407.jinja"), "<s>", "</s>", True, "mistral", 37
     ),

@@ -124,8 +124,8 @@ def special_texts(tokenizer: GGUFTokenizer) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["llama3_2", "qwen2_5", "qwen3", "gemma2", "gemma3", "mistral_nemo", "llama2", "ggml:llama-spm",
-     "ggml:qwen35", "ggml:deepseek-llm", "ggml:falcon"],
+    ["llama3_2", "qwen2_5", "qwen3", "gemma2", "gemma3", "mistral_nemo", "llama2", "mistral:v1", "mistral:v3",
+     "ggml:llama-spm", "ggml:qwen35", "ggml:deepseek-llm", "ggml:falcon"],
 )  # fmt: skip
 def test_same_tokens_as_the_engine(name: str, tmp_path: Path) -> None:
     metadata = vocab_metadata(name)

@@ -333,6 +333,10 @@ def test_phi3_tokens_swallow_the_blanks_behind_them() -> None:
     assert texts_of(stripped, stripped.encode(text)) == [
         "<|user|>", "a", "<|endoftext|>", "▁", "a", "</s>", "a",
     ]  # fmt: skip
+    segments = ["a<|user|>", "\n", " a", " a<|endoftext|>", " a"]
+    assert [texts_of(stripped, ids) for ids in stripped.encode_segments(segments)] == [
+        ["a", "<|user|>"], [], ["a"], ["▁", "a", "<|endoftext|>"], ["▁", "a"],
+    ]  # fmt: skip
 
 
 # ----- SentencePiece's blank in front --------------------------------------------------------------------------------

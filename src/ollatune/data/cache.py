@@ -43,7 +43,7 @@ from ollatune.data.report import RenderCounts
 from ollatune.data.sources import iter_records
 from ollatune.data.store import TokenStore
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _LOCK_POLL_SECONDS = 0.2
 
 

@@ -27,6 +27,7 @@ class SpecialTokens:
         hidden = int(Kind.CONTROL | Kind.UNKNOWN)
         every = [i for i, kind in enumerate(vocabulary.kinds) if kind & wanted]
         always = [i for i in every if not vocabulary.kinds[i] & hidden]
+        self._strips_right = {i for i in every if vocabulary.kinds[i] & Kind.STRIPS_RIGHT}
         self._every = _Splitter(vocabulary, every)
         self._always = _Splitter(vocabulary, always)
 
@@ -34,6 +35,10 @@ class SpecialTokens:
         """`text` as plain text (never empty) and special ids in order."""
         splitter = self._every if parse_special else self._always
         return splitter.split(text) if text else []
+
+    def without_swallowed_space(self, text: str, previous: int) -> str:
+        """`text` as it is read behind the special token `previous`, which may take the white space after it."""
+        return text.lstrip(_ASCII_SPACES) if previous in self._strips_right else text
 
 
 class _Splitter:

@@ -126,19 +126,22 @@ class GGUFTokenizer:
     ) -> list[list[int]]:
         """The ids of texts that follow one another, each encoded alone; BOS, if asked for, begins the first.
 
-        A SentencePiece vocabulary's blank is put where the server puts it: at the start and after a special token,
-        be that in the same text or at the end of the one before.
+        Blanks are as in the whole text: a SentencePiece vocabulary's blank is put at the start and after a special
+        token, and Phi-3's special tokens swallow the white space after them, be that in the same text or at the end
+        of the one before.
         """
         plain: list[str] = []
         layouts: list[list[Fragment]] = []
-        after_special = True
+        previous: Fragment | None = None
         for text in texts:
             _require_unicode(text)
+            if isinstance(previous, int):
+                text = self._special_tokens.without_swallowed_space(text, previous)
             fragments = self._special_tokens.split(text, parse_special=parse_special)
             layouts.append(fragments)
+            after_special = not isinstance(previous, str)
             plain += self._with_space_prefixes(fragments, after_special=after_special)
-            if fragments:
-                after_special = isinstance(fragments[-1], int)
+            previous = fragments[-1] if fragments else previous
         has_bos = [add_bos and number == 0 for number in range(len(texts))]
         return self._joined(layouts, plain, add_bos=has_bos)
 
