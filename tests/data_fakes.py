@@ -1,7 +1,8 @@
-"""A tokenizer of single bytes and a ChatML template, small enough to check ids by hand."""
+"""A tokenizer of single bytes and a ChatML template, small enough to check ids by hand; a stream that is a terminal."""
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,13 @@ BOS, EOS, START, END = 256, 257, 258, 259
 SPECIALS = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}
 _TEXTS = {number: text for text, number in SPECIALS.items()}
 _SPLIT = re.compile("|".join(f"({re.escape(text)})" for text in SPECIALS))
+
+
+class Terminal(io.StringIO):
+    """What a progress bar takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 class ByteTokenizer:

@@ -31,7 +31,7 @@ from ollatune.data.position import RecordError
 from ollatune.data.progress import BuildBar
 from ollatune.data.rejects import Rejections
 from ollatune.data.sources import DataFile, find_files, iter_records
-from tests.data_fakes import ByteTokenizer, ChatMLTemplate, make_config
+from tests.data_fakes import ByteTokenizer, ChatMLTemplate, Terminal, make_config
 from tests.unit.test_data_loading import exchanges, write_jsonl
 
 
@@ -312,11 +312,6 @@ def test_two_processes_that_want_the_same_cache_build_it_once(
         assert not list(folder.glob("chunk-*"))
     waiting.join(30)
     assert_equal(found[0], in_memory(data))
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_the_bar_starts_from_what_is_there_and_ends_full(

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import gzip
+import io
+import itertools
 import json
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from ollatune.config.schema import DataSource
 from ollatune.data.load import data_sources
 from ollatune.data.position import RecordError
 from ollatune.data.prepare import PreparedData, prepare
-from tests.data_fakes import make_config
+from tests.data_fakes import Terminal, make_config
 from tests.unit.test_data_loading import exchanges, load, write_jsonl
 
 
@@ -185,6 +190,57 @@ def test_the_command_reports_in_json_and_words(tmp_path: Path) -> None:
     )
     assert "Warning: 2 exact duplicates were left out." in text
     assert text.endswith(f"Next: ollatune train --data {tmp_path / 'out'}")
+
+
+def _many_kinds_of_files(folder: Path) -> None:
+    """Each larger than a buffer, so that it takes several reads."""
+    long_text = "abcdefgh" * 25_000
+    records = [{"instruction": f"{i} {long_text}?", "response": f"{i}"} for i in range(12)]
+    data = write_jsonl(folder / "a.jsonl", records)
+    rng = random.Random(5)
+    noisy = [{**r, "response": rng.randbytes(200_000).hex()} for r in records]
+    (folder / "b.jsonl.gz").write_bytes(
+        gzip.compress(write_jsonl(folder / "b.jsonl", noisy).read_bytes())
+    )
+    (folder / "b.jsonl").unlink()
+    pq.write_table(pa.Table.from_pylist(noisy), folder / "c.parquet", row_group_size=3)
+    (folder / "d.json").write_text(f"[{','.join(data.read_text().splitlines())}]")
+
+
+def test_both_readings_are_counted_in_bytes(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    _many_kinds_of_files(raw)
+    seen: list[tuple[int, int]] = []
+    prepare(
+        make_config(), data_sources(make_config(), raw), tmp_path / "out", seed=1,
+        progress=lambda *numbers: seen.append(numbers),
+    )  # fmt: skip
+    size = sum(path.stat().st_size for path in raw.iterdir())
+    done = [count for count, _ in seen]
+    assert {total for _, total in seen} == {2 * size}
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, 2 * size)
+    assert size in done
+    # no step is larger than a row group or a buffer, so that the bar never stands still for long
+    assert max(later - earlier for earlier, later in itertools.pairwise(done)) < size / 5
+
+
+def test_the_bar_is_for_terminals_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = write_jsonl(tmp_path / "raw.jsonl", exchanges(50))
+
+    def shown(stream: io.StringIO, *, show_progress: bool = True) -> str:
+        monkeypatch.setattr(sys, "stderr", stream)
+        run_preprocess(
+            PreprocessOptions(raw, tmp_path / "out", overwrite=True, show_progress=show_progress)
+        )
+        return stream.getvalue()
+
+    first = shown(Terminal())
+    assert first.startswith("\rPreparing:   0%")
+    assert "100%" in first
+    assert shown(io.StringIO()) == ""
+    assert shown(Terminal(), show_progress=False) == ""
 
 
 def test_a_folder_without_training_files_says_so(tmp_path: Path) -> None:

@@ -28,15 +28,18 @@ def run_preprocess(options: PreprocessOptions) -> dict[str, Any]:
     """Validate, deduplicate, split and convert. Returns the result that `--json` prints."""
     from ollatune.data.load import data_sources
     from ollatune.data.prepare import prepare
+    from ollatune.data.progress import BuildBar
 
     config = load_config(options.config, assignments=options.assignments, overrides=options.flags)
-    prepared = prepare(
-        config.data,
-        data_sources(config.data, options.raw),
-        options.output,
-        seed=config.training.seed,
-        overwrite=options.overwrite,
-    )
+    with BuildBar("Preparing", is_shown=options.show_progress) as bar:
+        prepared = prepare(
+            config.data,
+            data_sources(config.data, options.raw),
+            options.output,
+            seed=config.training.seed,
+            overwrite=options.overwrite,
+            progress=bar,
+        )
     result = prepared.as_dict()
     if options.count_tokens:
         from ollatune.commands.data import load_for_base

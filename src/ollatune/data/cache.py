@@ -20,7 +20,6 @@ from ollatune.base.log import get_logger
 from ollatune.config.schema import DataConfig
 from ollatune.data.cache_build import (
     CacheJob,
-    Progress,
     build_chunks,
     iter_chunk_samples,
     make_renderer,
@@ -36,6 +35,7 @@ from ollatune.data.load import (
     source_files,
 )
 from ollatune.data.position import FileError, Position, RecordError
+from ollatune.data.progress import Progress
 from ollatune.data.protocols import MakeRendererParts, PromptTemplate, Tokenizer
 from ollatune.data.records import TEXT_FILE, RecordReader
 from ollatune.data.rejects import Rejections

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -26,6 +26,7 @@ from ollatune.data.chunks import Chunk, iter_chunk
 from ollatune.data.conversation import Sample
 from ollatune.data.load import Method, check_method
 from ollatune.data.position import Position, RecordError
+from ollatune.data.progress import Progress
 from ollatune.data.protocols import MakeRendererParts, PromptTemplate, Tokenizer
 from ollatune.data.records import RecordReader
 from ollatune.data.rejects import Rejections
@@ -34,9 +35,6 @@ from ollatune.data.store import StoredArrays
 
 # Four bytes a token, and a token about three characters of typical text.
 _CACHE_BYTES_PER_INPUT_BYTE = 1.5
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
 
 
 @dataclass(frozen=True)

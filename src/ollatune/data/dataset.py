@@ -9,8 +9,8 @@ from ollatune.base.log import get_logger
 from ollatune.base.text import format_bytes
 from ollatune.config.schema import DataConfig
 from ollatune.data.cache import load_cached
-from ollatune.data.cache_build import Progress
 from ollatune.data.load import DatasetSplits, Method, data_sources, load_examples, source_files
+from ollatune.data.progress import Progress
 from ollatune.data.protocols import MakeRendererParts, PromptTemplate, Tokenizer
 from ollatune.data.sources import data_suffix
 from ollatune.data.streams import COMPRESSED_SUFFIXES, file_error

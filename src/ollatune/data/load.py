@@ -17,6 +17,7 @@ from ollatune.data.builder import StoreBuilder
 from ollatune.data.conversation import Document, Sample
 from ollatune.data.order import SampleOrder, source_repeats
 from ollatune.data.position import Position, RecordError
+from ollatune.data.progress import OnRead
 from ollatune.data.protocols import PromptTemplate, Tokenizer
 from ollatune.data.records import TEXT_FILE, RecordReader
 from ollatune.data.rejects import Rejections
@@ -102,15 +103,19 @@ def iter_samples(
     method: Method,
     rejections: Rejections,
     forms: set[str],
+    *,
+    files: Sequence[DataFile] | None = None,
+    on_read: OnRead | None = None,
 ) -> Iterator[tuple[Sample, Position, Split | None]]:
     """Every good record of a source in normal form, with its place and the split its file is named after.
 
-    The names of the record forms that are met are added to `forms`.
+    The names of the record forms that are met are added to `forms`. `files` are those of `source_files`, where they
+    are known already; `on_read` is told of the bytes read from the disk.
     """
     columns = source.columns or config.columns
-    for file in source_files(source, method):
+    for file in source_files(source, method) if files is None else files:
         reader = RecordReader(columns=columns, system=config.system)
-        for record in iter_records(file.path, rejections):
+        for record in iter_records(file.path, rejections, on_read):
             try:
                 sample = reader(record)
                 check_method(sample, record.position, method)

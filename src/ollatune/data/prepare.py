@@ -18,8 +18,9 @@ from ollatune.base.errors import UsageError
 from ollatune.base.files import staged_file, write_json
 from ollatune.config.schema import DataConfig, DataSource
 from ollatune.data.conversation import ChatMessage, Conversation, Document, Sample
-from ollatune.data.load import Method, iter_samples, nothing_to_train_on
+from ollatune.data.load import Method, iter_samples, nothing_to_train_on, source_files
 from ollatune.data.position import RecordError
+from ollatune.data.progress import OnRead, Progress, TwoReadings
 from ollatune.data.records import MAPPABLE_FIELDS, RecordReader
 from ollatune.data.rejects import Rejections
 from ollatune.data.sources import (
@@ -27,6 +28,7 @@ from ollatune.data.sources import (
     REPORT_NAME,
     SPLITS,
     TEXT_SUFFIXES,
+    DataFile,
     Split,
     data_suffix,
     find_files,
@@ -90,11 +92,13 @@ def prepare(
     *,
     seed: int,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> PreparedData:
     """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` (those that get records) and a report to `output`.
 
     Of exact duplicates one is kept, in the test split before the validation split before the training split, so that
-    nothing that is measured on was trained on. The data is read twice and never held in memory.
+    nothing that is measured on was trained on. The data is read twice and never held in memory; `progress` counts the
+    bytes of both readings.
     Raises UsageError where the output exists and `overwrite` is not set, and what reading raises.
     """
     _refuse_overwriting(output, overwrite)
@@ -105,9 +109,13 @@ def prepare(
     rejections = Rejections(skip_bad=config.skip_bad)
     survey = _Survey()
     forms: dict[str, str] = {}
-    for source in sources:
+    files = [source_files(source, method) for source in sources]
+    reading = TwoReadings([file.path for its_files in files for file in its_files], progress)
+    for source, its_files in zip(sources, files, strict=True):
         met: set[str] = set()
-        for sample, _, split in iter_samples(source, config, method, rejections, met):
+        for sample, _, split in iter_samples(
+            source, config, method, rejections, met, files=its_files, on_read=reading
+        ):
             survey.add(sample, split)
             rejections.num_good += 1
         forms[source.path] = ", ".join(sorted(met))
@@ -117,7 +125,10 @@ def prepare(
     form = "text" if method == "continued-pretraining" else "instruction"
     if form == "instruction" and not survey.is_simple:
         form = "messages"
-    _write(output, _samples(sources, config, method), rows, len(digests), form)
+    reading.begin_second()
+    samples = _samples(sources, files, config, method, reading)
+    _write(output, samples, rows, len(digests), form)
+    reading.finish()
     if rejections.errors:
         rejections.write(output / REJECTED_NAME)
     report = PreparedData(
@@ -182,11 +193,19 @@ def _distinct_rows(
     return {name: kept[rows] for name, rows in split.items()}, len(digests) - len(kept)
 
 
-def _samples(sources: Sequence[DataSource], config: DataConfig, method: Method) -> Iterator[Sample]:
+def _samples(
+    sources: Sequence[DataSource],
+    files: Sequence[Sequence[DataFile]],
+    config: DataConfig,
+    method: Method,
+    on_read: OnRead,
+) -> Iterator[Sample]:
     """The good records again, in the order of the survey."""
-    for source in sources:
+    for source, its_files in zip(sources, files, strict=True):
         rejections = Rejections(skip_bad=config.skip_bad)
-        for sample, _, _ in iter_samples(source, config, method, rejections, set()):
+        for sample, _, _ in iter_samples(
+            source, config, method, rejections, set(), files=its_files, on_read=on_read
+        ):
             yield sample
 
 

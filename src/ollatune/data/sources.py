@@ -15,6 +15,7 @@ from ollatune.base.text import format_bytes, printable
 from ollatune.data.json_array import read_json
 from ollatune.data.jsonl import Reject, decode_line, read_jsonl
 from ollatune.data.position import FileError, Position, Record, RecordError
+from ollatune.data.progress import OnRead
 from ollatune.data.rejects import Rejections
 from ollatune.data.streams import COMPRESSED_SUFFIXES, damage_reported, file_error, open_data
 from ollatune.data.tables import read_csv, read_parquet
@@ -142,10 +143,13 @@ def _files_of_folder(folder: Path) -> list[DataFile]:
     return files
 
 
-def iter_records(path: str | Path, reject: Reject | None = None) -> Iterator[Record]:
+def iter_records(
+    path: str | Path, reject: Reject | None = None, on_read: OnRead | None = None
+) -> Iterator[Record]:
     """Every record of one file with its position, read as a stream.
 
-    `reject` is told of each bad record and may raise; without it the first one raises.
+    `reject` is told of each bad record and may raise; without it the first one raises. `on_read` is told of the bytes
+    read from the disk.
     Raises RecordError for a bad record, FileError for a file that cannot be read to its end.
     """
     path = Path(path)
@@ -159,11 +163,11 @@ def iter_records(path: str | Path, reject: Reject | None = None) -> Iterator[Rec
                 "Parquet is compressed inside; a packed file cannot be read",
                 "Unpack it.",
             )
-        for record in read_parquet(path, reject):
+        for record in read_parquet(path, reject, on_read=on_read):
             is_empty = False
             yield record
     else:
-        with open_data(path) as stream:
+        with open_data(path, on_read) as stream:
             for record in _read(stream, path, suffix, reject):
                 is_empty = False
                 yield record

@@ -11,11 +11,12 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
 from ollatune.data.position import FileError, Position
+from ollatune.data.progress import OnRead
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
@@ -72,7 +73,20 @@ def disguise(head: bytes) -> tuple[str, str] | None:
     return None
 
 
-def open_regular(path: Path) -> BinaryIO:
+class _CountedFile(io.FileIO):
+    """Tells of every read from the disk."""
+
+    def __init__(self, descriptor: int, on_read: OnRead) -> None:
+        super().__init__(descriptor, "rb")
+        self._on_read = on_read
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = super().readinto(buffer)
+        self._on_read(count or 0)
+        return count
+
+
+def open_regular(path: Path, on_read: OnRead | None = None) -> BinaryIO:
     """Open a regular file. Raises FileError for anything else, without ever waiting on a pipe."""
     try:
         descriptor = os.open(
@@ -89,6 +103,8 @@ def open_regular(path: Path) -> BinaryIO:
             f"is {kind}, not a regular file",
             "Save the data to a file and name that.",
         )
+    if on_read is not None:
+        return io.BufferedReader(_CountedFile(descriptor, on_read), _BUFFER_BYTES)
     return open(descriptor, "rb", buffering=_BUFFER_BYTES)
 
 
@@ -124,12 +140,14 @@ class _ZstdStream(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def open_data(path: Path) -> Iterator[BinaryIO]:
+def open_data(path: Path, on_read: OnRead | None = None) -> Iterator[BinaryIO]:
     """A binary stream of the file's content, decompressed; checks at the end that the file did not change.
+
+    `on_read` is told of the bytes read from the disk, packed as they are there.
 
     Raises FileError for a file of another kind than its name says, and for one that changed while it was read.
     """
-    with open_regular(path) as raw:
+    with open_regular(path, on_read) as raw:
         before = os.fstat(raw.fileno())
         stream: BinaryIO = raw
         if path.suffix == ".gz":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ollatune.base.text import format_bytes, printable
 from ollatune.data.jsonl import MAX_RECORD_BYTES, Reject, decode_line
 from ollatune.data.position import FileError, Position, Record, RecordError
+from ollatune.data.progress import OnRead
 from ollatune.data.streams import damage_reported, open_regular
 
 if TYPE_CHECKING:
@@ -137,9 +138,16 @@ def _parquet_reason(error: BaseException) -> str:
 
 
 def read_parquet(
-    path: Path, reject: Reject, *, row_groups: range | None = None
+    path: Path,
+    reject: Reject,
+    *,
+    row_groups: range | None = None,
+    on_read: OnRead | None = None,
 ) -> Iterator[Record]:
-    """Rows of a Parquet file, a few at a time; `row_groups` reads only some of it."""
+    """Rows of a Parquet file, a few at a time; `row_groups` reads only some of it.
+
+    `on_read` is told of each finished row group's bytes.
+    """
     import pyarrow as pa
 
     name = str(path)
@@ -163,6 +171,11 @@ def read_parquet(
                 for value in values:
                     yield Record(value, Position(name, row_group=group, row=row))
                     row += 1
+            if on_read is not None:
+                columns = file.metadata.row_group(group)
+                on_read(
+                    sum(columns.column(i).total_compressed_size for i in range(columns.num_columns))
+                )
 
 
 def _check_schema(schema: pa.Schema, position: Position) -> None:
