@@ -25,7 +25,7 @@ sys.path[0] = str(
     Path(__file__).resolve().parents[1]
 )  # not this folder: gguf.py in it would hide a package
 
-from benchmarks.faulting import repeating, running, storage
+from benchmarks.faulting import interrupting, repeating, running, storage
 from benchmarks.faulting.crash_points import CrashPoint, SaveUnderTrace, can_trace
 from benchmarks.faulting.world import World
 
@@ -37,7 +37,7 @@ GOALS: dict[str, tuple[Callable[[World, int, random.Random], str], int]] = {
     "disk full": (storage.disk_full, 20),
     "not finite": (running.not_finite, 30),
     "out of memory": (running.out_of_memory, 20),
-    "signals": (running.signals, 50),
+    "signals": (interrupting.signals, 50),
     "lock races": (running.lock_races, 50),
     "bit flips": (storage.bit_flips, 200),
     "same run twice": (repeating.same_twice, 25),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -115,34 +114,6 @@ def out_of_memory(world: World, attempt: int, rng: random.Random) -> str:
         return "" if half == whole else "not bit-identical"
     far = [1 for a, b in zip(half, whole, strict=True) if abs(a["loss"] / b["loss"] - 1) > 1e-5]
     return "other losses" if far else ""
-
-
-def signals(world: World, attempt: int, rng: random.Random) -> str:
-    """SIGTERM or Ctrl-C at a random instant, or aimed at save and validation, some twice: saved, and 143 or 130."""
-    number = (signal.SIGTERM, signal.SIGINT)[attempt % 2]
-    action = ("terminate", "interrupt")[attempt % 2]
-    output = world.new_output()
-    if attempt % 5 < 2:
-        point, at = (
-            rng.choice((*SAVE_POINTS, "train.validate", "train.micro_batch")),
-            rng.randint(1, 2),
-        )
-        code = wait(start(world.command("lora", output), faults=f"{point}:{action}@{at}"))
-        if code == 0 and at == 2:  # it came when everything had been done
-            return world.differs("lora", output)
-        return (
-            world.goes_on("lora", output) if code == 128 + number else f"{point}: exit code {code}"
-        )
-    pid = start(world.command("lora", output))
-    time.sleep(rng.uniform(0, world.seconds))
-    for _ in range(1 + (attempt % 5 == 4)):  # the second one means: at once
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        time.sleep(0.01)
-    code = wait(pid)
-    if code not in (0, 128 + number, -number):
-        return f"exit code {code}"
-    return world.goes_on("lora", output) if code else world.differs("lora", output)
 
 
 def lock_races(world: World, attempt: int, rng: random.Random) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -73,7 +74,9 @@ class World:
         """Resume (or restart, where nothing had been saved) to the end; "" if it ends like the reference."""
         checkpoints = output / "checkpoints"
         has_any = checkpoints.is_dir() and any(checkpoints.glob("*.pt"))
-        flags = ["--resume", "auto"] if has_any else ["--overwrite"]
+        flags = ["--resume", "auto"] if has_any else []
+        if not has_any and (output / "best_model.pt").exists():
+            flags = ["--overwrite"]  # a kill between the two: nothing is thrown away unasked
         code = wait(start(self.command(method, output, *more, *flags)))
         if code != 0:
             return f"resume ended with {code}"
@@ -113,11 +116,17 @@ def start(
 ) -> int:
     """Fork a child that runs `command`; returns its process id. Its output goes to `log` in the output folder."""
     log = Path(command[command.index("--output") + 1]) / "log"
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return pid
     code = 1
     try:
+        for number in signals:  # before the command looks after them itself
+            signal.signal(number, lambda number, frame: os._exit(128 + number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)

@@ -19,6 +19,7 @@ from ollatune import __version__
 from ollatune.base.errors import OllatuneError
 from ollatune.base.leaving import leave
 from ollatune.base.log import configure_logging, redact
+from ollatune.base.signals import StopSignal, handling, raise_stop
 
 app = typer.Typer(
     name="ollatune",
@@ -704,15 +705,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code (see `base.errors`). Tracebacks are for our own mistakes only."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(_with_dashes(given), prog_name="ollatune", standalone_mode=False)
+        with handling(raise_stop):
+            code = app(_with_dashes(given), prog_name="ollatune", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except OllatuneError as error:
         if not error.is_quiet:
             print(f"error: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted.", file=sys.stderr)
-        return 130
+    except StopSignal as stop:
+        print(f"error: {stop.message}", file=sys.stderr)
+        return stop.exit_code
     except BrokenPipeError:
         sys.stderr.close()
         return 0

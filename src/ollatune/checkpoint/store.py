@@ -243,7 +243,7 @@ def _load_shards(path: Path, entry: IndexEntry | None, with_tensors: bool) -> Ch
     from ollatune.checkpoint.shards import read_folder, with_all_tensors
 
     checkpoint, found = read_folder(path)
-    if entry and found != entry.sha256 and checkpoint.timestamp <= entry.timestamp:
+    if entry and found != entry.sha256 and checkpoint.timestamp == entry.timestamp:
         raise InputError(
             f"{path} is damaged: the sha256 of its manifest begins {found[:12]}, the index says {entry.sha256[:12]}.",
             hint="Use an earlier checkpoint, or --resume auto.",
@@ -252,12 +252,15 @@ def _load_shards(path: Path, entry: IndexEntry | None, with_tensors: bool) -> Ch
 
 
 def _is_newer_whole(content: bytes, path: Path, entry: IndexEntry) -> bool:
-    """A kill between the two renames of a re-save leaves a whole file that is newer than the index."""
+    """A kill between the two renames of a re-save leaves a whole file that is newer than the index.
+
+    Only that it is another save can be seen: clocks may have been set back in between.
+    """
     try:
         checkpoint = parse_checkpoint(content, str(path))
     except InputError:
         return False
-    return checkpoint.timestamp > entry.timestamp
+    return checkpoint.timestamp != entry.timestamp
 
 
 def newest_checkpoint(
@@ -298,5 +301,5 @@ def newest_checkpoint(
         return path, checkpoint
     raise InputError(
         f"There is no whole checkpoint in {folder}.",
-        hint="Start the run without --resume.",
+        hint="Start the run without --resume, and with --overwrite if the output folder holds an earlier one.",
     )

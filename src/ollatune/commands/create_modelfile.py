@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ollatune.base.errors import InputError, ServiceError, UsageError, VerificationError
+from ollatune.base.files import clean_staging
 from ollatune.base.log import get_logger
 from ollatune.base.text import did_you_mean, format_bytes
 from ollatune.config.load import ParsedYaml, load_config
@@ -217,6 +218,7 @@ def _check_options(options: ExportOptions) -> None:
 
 def _require_own_folder(folder: Path, wanted: str) -> None:
     """A folder with a model that we did not write is somebody's; one export a folder."""
+    clean_staging(folder)
     found = next((name for name in _MODEL_FILES if (folder / name).exists()), None)
     if found is None:
         return

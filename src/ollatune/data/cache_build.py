@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from ollatune.base.errors import OutOfMemoryError, StorageError
+from ollatune.base.faults import fault_point
 from ollatune.base.files import free_bytes, staged_file, write_json
+from ollatune.base.signals import StopSignal
 from ollatune.base.text import format_bytes
 from ollatune.config.schema import DataConfig, DataSource
 from ollatune.data.builder import StoreBuilder, stored_arrays
@@ -107,7 +109,11 @@ def _run(
                 future.result()
                 yield number
         except BaseException as error:
+            workers_left = list(pool._processes.values()) if pool._processes else []
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, StopSignal):  # nobody waits for the pieces in progress
+                for worker in workers_left:
+                    worker.terminate()
             if isinstance(error, BrokenProcessPool):
                 raise OutOfMemoryError(
                     "A worker that prepared data was killed, most likely because memory ran out.",
@@ -167,6 +173,7 @@ def iter_chunk_samples(
         except RecordError as error:
             rejections(error)
             continue
+        fault_point("data.record")
         yield sample, record.position
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ollatune.base.errors import InputError, UsageError
+from ollatune.base.faults import fault_point
 from ollatune.base.log import get_logger
 from ollatune.config.schema import DataConfig, DataSource
 from ollatune.data.builder import StoreBuilder
@@ -122,6 +123,7 @@ def iter_samples(
             except RecordError as error:
                 rejections(error)
                 continue
+            fault_point("data.record")
             yield sample, record.position, file.split
         forms.add(reader.form.name if reader.form else TEXT_FILE)
 

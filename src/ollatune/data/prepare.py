@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ollatune.base.errors import UsageError
-from ollatune.base.files import staged_file, write_json
+from ollatune.base.files import clean_staging, staged_file, write_json
 from ollatune.config.schema import DataConfig, DataSource
 from ollatune.data.conversation import ChatMessage, Conversation, Document, Sample
 from ollatune.data.load import Method, iter_samples, nothing_to_train_on, source_files
@@ -102,6 +102,7 @@ def prepare(
     Raises UsageError where the output exists and `overwrite` is not set, and what reading raises.
     """
     _refuse_overwriting(output, overwrite)
+    clean_staging(output)
     config = config.model_copy(
         update={"system": None}
     )  # the default is for training, not for the data

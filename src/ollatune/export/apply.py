@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ollatune.base.errors import InputError, VerificationError
+from ollatune.base.faults import fault_point
 from ollatune.base.files import write_json
 from ollatune.base.log import get_logger
 from ollatune.export.plan import ExportPlan, PlannedTensor
@@ -150,6 +151,7 @@ def _to_write(
     base: GGUFFile, planned: PlannedTensor, finished: Callable[[TensorResult], None]
 ) -> TensorToWrite:
     def produce() -> Iterator[Chunk]:
+        fault_point("export.tensor")
         recovery: float | None = None
         if planned.action == "copy":
             stored = base.tensor_data(planned.name)

@@ -1,18 +1,26 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to stop after the step in progress, the second leaves at once."""
+"""Ctrl-C and SIGTERM while the loop runs: the first asks it to stop after the step in progress, the second leaves."""
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
 import sys
-import threading
-from types import FrameType, TracebackType
+from types import TracebackType
+
+from ollatune.base.errors import Interrupted
+from ollatune.base.signals import first_signal, handling, name_of
+
+
+def stopped_before_training(signal_number: int) -> Interrupted:
+    """The error of a run that was stopped when it had not done a step yet."""
+    return Interrupted(
+        f"Stopped by {name_of(signal_number)} before the first step; data that was prepared is kept.",
+        signal_number=signal_number,
+        hint="Run the same command again.",
+    )
 
 
 class StopRequest:
-    """A context manager that turns SIGINT and SIGTERM into `signal_number`, restored on exit.
-
-    Outside the main thread it installs nothing: signals never arrive there.
+    """A context manager that turns the first SIGINT or SIGTERM into `signal_number` (see `base.signals`).
 
     Args:
         speaks: whether to say that the signal has arrived. Of several processes, which all get it, one does.
@@ -21,25 +29,20 @@ class StopRequest:
     def __init__(self, *, speaks: bool = True) -> None:
         self._speaks = speaks
         self.signal_number: int | None = None
-        self._previous: dict[int, object] = {}
+        self._handling = contextlib.ExitStack()
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+        self.signal_number = first_signal()  # one that came just before and could not end anything
+        self._handling.enter_context(handling(self._note))
         return self
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None:
-            os._exit(128 + number)  # no clean-up on purpose: finished files are already durable
+    def _note(self, number: int) -> None:
         self.signal_number = number
-        if not self._speaks:
-            return
-        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        sys.stderr.write(
-            f"\n{name}: saving after this step. Press Ctrl-C again to leave at once.\n"
-        )
-        sys.stderr.flush()
+        if self._speaks:
+            sys.stderr.write(
+                f"\n{name_of(number)}: saving after this step. Press Ctrl-C again to leave at once.\n"
+            )
+            sys.stderr.flush()
 
     def __exit__(
         self,
@@ -47,5 +50,4 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._handling.close()

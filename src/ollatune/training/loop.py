@@ -10,8 +10,10 @@ epoch. The loss is a sum over its target tokens divided once by their number ove
 from __future__ import annotations
 
 import math
+import signal
 import time
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -24,7 +26,7 @@ from ollatune.data.loader import BatchLoader, Step
 from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.lora import lora_layers
 from ollatune.training.distributed import Processes
-from ollatune.training.interrupts import StopRequest
+from ollatune.training.interrupts import StopRequest, stopped_before_training
 from ollatune.training.loss_scale import LossScale
 from ollatune.training.memory_faults import OUT_OF_MEMORY_HINT, is_out_of_memory
 from ollatune.training.reports import (
@@ -35,6 +37,7 @@ from ollatune.training.reports import (
     PhaseClock,
     RanOutOfMemoryError,
     StepReport,
+    ValidationLeftError,
 )
 from ollatune.training.rows import row_of
 from ollatune.training.schedule import Schedule
@@ -63,6 +66,7 @@ class TrainingRun:
     device: torch.device
     total_steps: int
     phases: PhaseClock = field(default_factory=PhaseClock)
+    stop_request: StopRequest = field(default_factory=StopRequest)
 
     @property
     def model(self) -> nn.Module:
@@ -80,15 +84,20 @@ class TrainingRun:
         """Train to the end. Raises Interrupted, DivergedError or OutOfMemoryError; state is saved where it can be."""
         self.model.train()
         steps = self.loader.steps(self.state.position)
-        with StopRequest(speaks=self.processes.is_main) as stop:
+        self.stop_request = StopRequest(speaks=self.processes.is_main)
+        with self.stop_request:
             while True:
                 self._at_boundary()
                 if self._is_finished():
                     break
-                if self.processes.any(stop.signal_number is not None):
-                    self._stop(stop.signal_number or 15)
+                if self.is_to_stop():
+                    self._stop()
                 if not self._train_step(next(steps)):
                     steps = self.loader.steps(self.state.position)
+
+    def is_to_stop(self) -> bool:
+        """Whether a signal has reached any process; all of them ask at the same places."""
+        return self.processes.any(self.stop_request.signal_number is not None)
 
     def _is_finished(self) -> bool:
         return self.state.step >= self.total_steps or self.state.stopped_early
@@ -110,11 +119,16 @@ class TrainingRun:
 
     def _validate(self, epoch_ended: bool) -> None:
         state = self.state
+        before = state.train_loss
         state.train_loss = state.epoch_loss_sum / max(1, state.epoch_targets)
+        try:
+            val_loss = self.hooks.validate(state)
+        except ValidationLeftError:
+            state.train_loss = before  # a resumed run validates here
+            self._stop()
         if epoch_ended:
             state.epoch_loss_sum, state.epoch_targets = 0.0, 0
-        state.last_validated_step = state.step
-        state.val_loss = self.hooks.validate(state)
+        state.last_validated_step, state.val_loss = state.step, val_loss
         is_best = True
         if state.val_loss is not None:
             is_best = self.early_stopping.update(state.val_loss)
@@ -149,13 +163,15 @@ class TrainingRun:
                 *(() if now is None else (now,)),
             )
 
-    def _stop(self, signal_number: int) -> None:
-        name = f"step_{self.state.step}.pt"
-        if self.state.step > 0 and self.state.last_saved_step != self.state.step:
-            self._save(name, is_best=False)
+    def _stop(self) -> NoReturn:
+        number, step = self.stop_request.signal_number or signal.SIGTERM, self.state.step
+        if step == 0:
+            raise stopped_before_training(number)
+        if self.state.last_saved_step != step:
+            self._save(f"step_{step}.pt", is_best=False)
         raise Interrupted(
-            f"Stopped after step {self.state.step} of {self.total_steps}; the state is saved.",
-            signal_number=signal_number,
+            f"Stopped after step {step} of {self.total_steps}; the state is saved.",
+            signal_number=number,
             hint="Continue with --resume auto.",
         )
 

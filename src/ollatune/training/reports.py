@@ -73,6 +73,10 @@ class PhaseClock:
         self.seconds[name] = self.seconds.get(name, 0.0) + passed
 
 
+class ValidationLeftError(Exception):
+    """A signal came in the middle of a validation, which is left out."""
+
+
 @dataclass
 class Hooks:
     """What the loop reports to; each is called on every process and decides itself where it writes."""

@@ -75,9 +75,13 @@ class RunFolder:
         return self.path / "best_model.pt"
 
     def refuse_other_run(self) -> None:
-        """Raise UsageError when the folder already holds a run."""
-        if self.run_path.exists() or self.best_path.exists():
-            run = self.read_run()
+        """Raise UsageError when the folder already holds a run.
+
+        One that ended before it saved anything is not in the way: the same command simply runs again.
+        """
+        run = self.read_run()
+        ended_empty = bool(run) and run.get("status") != "finished"
+        if self.best_path.exists() or (self.run_path.exists() and not ended_empty):
             what = f"run {run['run_id']} ({run.get('status', 'unknown')})" if run else "a run"
             raise UsageError(
                 f"{self.path} already holds {what}; nothing was changed.",

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from ollatune.base.errors import UsageError
+from ollatune.base.errors import Interrupted, UsageError
 from ollatune.base.faults import fault_point
 from ollatune.base.files import require_writable
 from ollatune.base.log import add_log_file, configure_logging, get_logger, remove_log_file
+from ollatune.base.signals import StopSignal, name_of
 from ollatune.checkpoint.format import Checkpoint, read_checkpoint
 from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
 from ollatune.config.load import dump_config
@@ -61,6 +62,7 @@ from ollatune.training.environment import (
     package_versions,
 )
 from ollatune.training.estimate import warn_if_too_large
+from ollatune.training.interrupts import stopped_before_training
 from ollatune.training.loop import TrainingRun
 from ollatune.training.placement import Placement, choose_mode
 from ollatune.training.profiling import StepProfiler
@@ -110,8 +112,8 @@ class Session:
             lock = self.folder.lock() if self.processes.is_main else contextlib.nullcontext()
             with lock:
                 return self._run_locked(device)
-        except Exception as error:
-            raise self.processes.ended_by(error) from error.__cause__
+        except (Exception, StopSignal) as error:
+            raise self.processes.ended_by(self._known(error)) from error.__cause__
         finally:
             disconnect_processes()
 
@@ -133,8 +135,8 @@ class Session:
         handler = add_log_file(log_path) if self.processes.is_main else None
         try:
             return self._train(device)
-        except Exception as error:
-            known = self.processes.ended_by(error)
+        except (Exception, StopSignal) as error:
+            known = self.processes.ended_by(self._known(error))
             get_logger("training").debug("Ended: %s", known)
             if self.recorder is not None:
                 self.recorder.failed(known)
@@ -142,6 +144,20 @@ class Session:
         finally:
             if handler is not None:
                 remove_log_file(handler)
+
+    def _known(self, error: BaseException) -> Exception:
+        """A signal outside the loop as an error that says how to go on."""
+        if not isinstance(error, StopSignal):
+            assert isinstance(error, Exception)
+            return error
+        has_saved = self.recorder is not None and self.run_state.state.last_saved_step > 0
+        if self.resume_from is None and not has_saved:
+            return stopped_before_training(error.number)
+        return Interrupted(
+            f"Stopped by {name_of(error.number)}; what was saved is whole.",
+            signal_number=error.number,
+            hint="Continue with --resume auto.",
+        )
 
     def _claim_folders(self) -> None:
         """A new run needs folders without another run's results; nothing is removed unless --overwrite was given."""
@@ -153,6 +169,8 @@ class Session:
             return
         self.folder.refuse_other_run()
         self.store.refuse_other_run()
+        if self.folder.run_path.exists():  # of a run that ended before it saved anything
+            self.folder.clear()
 
     def _train(self, device: torch.device) -> dict[str, Any]:
         logger = get_logger("training")
@@ -186,6 +204,7 @@ class Session:
         if self.resume_from is not None:
             self._check_resume(self.resume_from[1])
             plan = resumed_plan(self.config, self.resume_from[1], self.processes.count)
+        fault_point("train.build")
         run = build_run(
             self.config, self.base, splits, placement, self.processes, self._hooks(), plan,
             teacher,
@@ -347,7 +366,7 @@ class Session:
         if self.validator is None:
             return None
         fault_point("train.validate")
-        report = self.validator.validate()
+        report = self.validator.validate(self.run_state.is_to_stop)
         if self.recorder is not None:
             self.recorder.validation(state, report)
         return report.loss

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ollatune.base.faults import fault_point
 from ollatune.data.batching import Batch
 from ollatune.modeling.fast.forward import evaluation_mode
+from ollatune.training.reports import ValidationLeftError
 from ollatune.training.rows import row_of
 from ollatune.training.sharing import Sharing
 
@@ -39,6 +41,11 @@ class ValidationReport:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
+def _leave_if(is_to_stop: bool) -> None:
+    if is_to_stop:
+        raise ValidationLeftError
+
+
 @dataclass
 class Validator:
     """Validates one model on fixed data.
@@ -57,12 +64,16 @@ class Validator:
     max_new_tokens: int
     device: torch.device
 
-    def validate(self) -> ValidationReport:
-        """Loss over all batches; answers where there are prompts. Every process calls it, and learns the same."""
+    def validate(self, is_to_stop: Callable[[], bool] = lambda: False) -> ValidationReport:
+        """Loss over all batches; answers where there are prompts. Every process calls it, and learns the same.
+
+        Raises ValidationLeftError as soon as `is_to_stop` says so, which asks all processes.
+        """
         step_function, processes = self.sharing.step_function, self.sharing.processes
         loss_sum, num_correct, num_targets = 0.0, 0, 0
         with evaluation_mode(self.sharing.model):
             for batch in self.batches():
+                _leave_if(is_to_stop())
                 row = row_of(batch, share=step_function.can_share).to(self.device)
                 if not row.num_targets and not self.sharing.needs_all:
                     continue  # others may need this process to compute with them all the same
@@ -75,7 +86,7 @@ class Validator:
             totals.to(processes.device)
         ).tolist()
         loss = loss_sum / max(1.0, target_sum)
-        answers = self._answers()
+        answers = self._answers(is_to_stop)
         scores = {
             name: sum(metric(a["answer"], a["expected"]) for a in answers) / len(answers)
             for name, metric in self.metrics.items()
@@ -90,15 +101,18 @@ class Validator:
             answers[: self.num_samples],
         )
 
-    def _answers(self) -> list[dict[str, Any]]:
+    def _answers(self, is_to_stop: Callable[[], bool]) -> list[dict[str, Any]]:
         prompts = self.prompts if self.metrics else self.prompts[: self.num_samples]
-        if not prompts:
-            return []
-        answers = self.sharing.answers(
-            [prompt.prompt_ids for prompt in prompts],
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=self.stop_ids,
-        )
+        answers = []
+        count = self.sharing.processes.count  # so many are answered at once, one by each
+        for first in range(0, len(prompts), count):
+            fault_point("train.answer")
+            _leave_if(is_to_stop())
+            answers += self.sharing.answers(
+                [prompt.prompt_ids for prompt in prompts[first : first + count]],
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=self.stop_ids,
+            )
         return [
             {"prompt": prompt.prompt, "expected": prompt.expected, "answer": self.decode(answer)}
             for prompt, answer in zip(prompts, answers, strict=True)
