@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, whatever a command is doing: the stated exit code, a word, nothing half-written, and it goes on."""
+"""SIGTERM and Ctrl-C, whatever a command is doing: exit code, a word, nothing half-written, and it goes on."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def test_the_workers_of_a_cache_end_with_it(
     assert process.returncode == 128 + number, errors.decode()
     assert b"before the first step" in errors
     assert b"Traceback" not in errors
-    gone, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
     for manifest in cache.rglob("chunk-*.json"):
         assert manifest.with_suffix(".tokens").is_file()

@@ -56,7 +56,9 @@ def test_four_processes_are_one(base: Path, data: Path, single: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)]
+)
 def test_another_number_of_processes_goes_on(
     base: Path, data: Path, single: Path, tmp_path: Path, before: int, after: int
 ) -> None:
