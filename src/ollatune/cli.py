@@ -262,7 +262,11 @@ def _export_text(result: dict[str, Any]) -> str:
 @app.command()
 def verify(
     checkpoint: Annotated[
-        Path, typer.Option("--checkpoint", help="The checkpoint that was exported.")
+        Path,
+        typer.Option(
+            "--checkpoint",
+            help="The checkpoint that was exported; or a folder of them, to see that all are whole.",
+        ),
     ],
     export: Annotated[
         Path, typer.Option("--export", help="The export folder of create-modelfile.")
@@ -289,7 +293,15 @@ def verify(
     from ollatune.commands.verify import VerifyOptions, run_verify
 
     configure_logging(level=logging.DEBUG if verbose else logging.INFO)
-    result = run_verify(VerifyOptions(checkpoint, export, data, model, host, prompts, base))
+    from ollatune.commands.verify_checkpoints import (
+        is_folder_of_checkpoints,
+        run_verify_checkpoints,
+    )
+
+    if is_folder_of_checkpoints(checkpoint):
+        result = run_verify_checkpoints(checkpoint)
+    else:
+        result = run_verify(VerifyOptions(checkpoint, export, data, model, host, prompts, base))
     _finish(result, as_json, lambda found: "Verified." if found["passed"] else "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ollatune.base.errors import InputError
-from ollatune.checkpoint.format import read_checkpoint
-from ollatune.checkpoint.store import newest_checkpoint
+from ollatune.checkpoint.format import read_checkpoint, write_checkpoint
+from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
 from ollatune.training.run_folder import RunFolder
 from tests.run_helpers import (
     assert_same_weights,
@@ -172,6 +173,65 @@ def test_every_flipped_bit_is_noticed(whole: Path, tmp_path: Path) -> None:
         path, checkpoint = newest_checkpoint(folder, report=said.append)
         assert (path.name, checkpoint.epoch, len(said)) == ("epoch_1.pt", 1, 1), place
         assert (folder / "corrupt-epoch_2.pt").is_file()
+
+
+def test_every_flipped_bit_of_the_index_is_noticed(whole: Path, tmp_path: Path) -> None:
+    """The step that it gives a checkpoint would otherwise make an older one the newest."""
+    source = whole / "checkpoints"
+    content = (source / "index.json").read_bytes()
+    for name in ("epoch_1.pt", "epoch_2.pt"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    entries = CheckpointStore(source, keep_best=1, run_id="").entries
+    assert len(entries) == 2
+    for place in range(0, len(content), 23):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 7
+        (tmp_path / "index.json").write_bytes(bytes(damaged))
+        found = CheckpointStore(tmp_path, keep_best=1, run_id="").entries
+        assert found == [] or found == entries, bytes(damaged)  # white space may change
+        assert newest_checkpoint(tmp_path)[0].name == "epoch_2.pt"
+
+
+def test_an_index_of_an_earlier_version_has_no_digest(whole: Path, tmp_path: Path) -> None:
+    content = json.loads((whole / "checkpoints" / "index.json").read_bytes())
+    del content["sha256"]
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    assert len(CheckpointStore(tmp_path, keep_best=1, run_id="").entries) == 2
+
+
+def test_verify_lists_every_damaged_checkpoint(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    assert run(["verify", "--checkpoint", folder, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert rows == [
+        {"file": "epoch_1.pt", "step": 2, "epoch": 1},
+        {"file": "epoch_2.pt", "step": 4, "epoch": 2},
+    ]
+    for name in ("epoch_1.pt", "epoch_2.pt"):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(bytes(content))
+    before = sorted(path.name for path in folder.iterdir())
+    assert run(["verify", "--checkpoint", folder]) == 3
+    message = capsys.readouterr().err
+    assert "epoch_1.pt is damaged" in message
+    assert "epoch_2.pt is damaged" in message
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert run(["verify", "--checkpoint", tmp_path]) == 3
+    assert "There is no checkpoint in" in capsys.readouterr().err
+
+
+def test_a_save_again_after_the_clock_was_set_back_counts(whole: Path, tmp_path: Path) -> None:
+    """Killed between the renames of checkpoint and index, the file is whole and its time before the index's."""
+    folder = shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    later = read_checkpoint(folder / "epoch_2.pt")
+    later.timestamp, later.train_loss = "1999-01-01T00:00:00.000000+00:00", 0.125
+    with (folder / "epoch_2.pt").open("wb") as stream:
+        write_checkpoint(later, stream)
+    path, found = newest_checkpoint(folder)
+    assert (path.name, found.train_loss) == ("epoch_2.pt", 0.125)
 
 
 def test_all_checkpoints_damaged(whole: Path, tmp_path: Path) -> None:

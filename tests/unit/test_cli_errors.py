@@ -93,7 +93,7 @@ def test_the_folder_of_another_run(base: Path, data: Path, tmp_path: Path, capsy
 
 def test_output_is_a_file(base: Path, data: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "out").write_text("mine")
-    assert "is a file" in failure(capsys, train_command(base, data, tmp_path / "out"), 2)
+    assert "is a file" in failure(capsys, train_command(base, data, tmp_path / "out"), 5)
     assert (tmp_path / "out").read_text() == "mine"
 
 

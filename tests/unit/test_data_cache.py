@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ollatune.base.errors import InputError
-from ollatune.base.files import try_lock
+from ollatune.base.locks import try_lock
 from ollatune.base.log import get_logger
 from ollatune.data.cache import load_cached
 from ollatune.data.chunks import iter_chunk, plan_chunks, scan_file

@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -57,13 +56,33 @@ def make_folder(path: Path) -> Path:
     """Create `path` and its parents. Raises StorageError where that cannot be done."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
+    except (FileExistsError, NotADirectoryError):
+        found = next(p for p in (path, *path.parents) if p.exists())
         raise StorageError(
-            f"{path} is a file, a folder was expected.", hint="Choose another output folder."
+            f"{found} is a file, a folder was expected.", hint="Choose another output folder."
         ) from None
     except OSError as error:
         raise storage_error(error, path) from error
     return path
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise StorageError where the folder `path` could not be made or written to; nothing is made.
+
+    For early on: `require_writable` makes sure.
+    """
+    found = path.absolute()
+    while not os.path.lexists(found) and found != found.parent:
+        found = found.parent
+    if not found.is_dir():
+        make_folder(path)
+    elif not os.access(found, os.W_OK | os.X_OK):
+        reason = errno.EROFS if _is_read_only(found) else errno.EACCES
+        raise storage_error(OSError(reason, os.strerror(reason)), path)
+
+
+def _is_read_only(folder: Path) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def require_writable(path: Path) -> None:
@@ -163,22 +182,6 @@ def _process_is_alive(pid: int) -> bool:
         return False
     except OSError:
         return True
-    return True
-
-
-def try_lock(descriptor: int) -> bool:
-    """Lock an open file for this process alone; False where another has it. The system frees it when we end."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
     return True
 
 

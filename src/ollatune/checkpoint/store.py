@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ollatune.base.errors import InputError, UsageError
 from ollatune.base.files import (
@@ -78,7 +79,7 @@ class CheckpointStore:
 
     def refuse_other_run(self) -> None:
         """Raise UsageError when the folder holds checkpoints of another run."""
-        others = [path.name for path in _checkpoint_files(self.folder)]
+        others = [path.name for path in checkpoints_in(self.folder)]
         known = {entry.file for entry in self.entries if entry.run_id == self.run_id}
         foreign = [name for name in others if name not in known]
         if foreign:
@@ -126,7 +127,8 @@ class CheckpointStore:
 
     def _write_index(self) -> None:
         entries = sorted(self.entries, key=lambda e: (e.step, e.file))
-        write_json(self.folder / INDEX_NAME, {"checkpoints": [asdict(e) for e in entries]})
+        listed = [asdict(entry) for entry in entries]
+        write_json(self.folder / INDEX_NAME, {"checkpoints": listed, "sha256": _digest_of(listed)})
 
     def kept(self) -> set[str]:
         """Names that rotation leaves: the best N, the last, the last finite."""
@@ -154,7 +156,7 @@ class CheckpointStore:
     def adopt(self) -> None:
         """Enter into the index what a kill left out of it: this run's checkpoints beside it. The next save rotates."""
         known = {entry.file for entry in self.entries}
-        for path in _checkpoint_files(self.folder):
+        for path in checkpoints_in(self.folder):
             if path.name in known:
                 continue
             try:
@@ -168,7 +170,7 @@ class CheckpointStore:
     def clear(self) -> None:
         """Remove every checkpoint and the index (the user asked for --overwrite)."""
         (self.folder / INDEX_NAME).unlink(missing_ok=True)
-        for path in _checkpoint_files(self.folder):
+        for path in checkpoints_in(self.folder):
             remove_checkpoint(path)
         self.entries = []
 
@@ -196,16 +198,25 @@ def _entry(checkpoint: Checkpoint, path: Path, sha256: str, size_bytes: int) -> 
     )
 
 
-def _checkpoint_files(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Every file and folder that has a checkpoint's name; those that were set aside have not."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
+def _digest_of(listed: list[dict[str, Any]]) -> str:
+    """Hex sha256 of an index's entries: a flipped bit in the step would otherwise make another one the newest."""
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
+
 def _read_index(folder: Path) -> list[IndexEntry]:
     try:
         content = json.loads((folder / INDEX_NAME).read_bytes())
-        return [IndexEntry(**entry) for entry in content["checkpoints"]]
+        listed = content.pop("checkpoints")
+        if content and content != {"sha256": _digest_of(listed)}:  # none in older indexes
+            raise ValueError
+        return [IndexEntry(**entry) for entry in listed]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError):
@@ -286,7 +297,7 @@ def newest_checkpoint(
         return unknown.step, unknown.timestamp
 
     damaged = []
-    for path in sorted(_checkpoint_files(folder), key=recency, reverse=True):
+    for path in sorted(checkpoints_in(folder), key=recency, reverse=True):
         try:
             checkpoint = load_checkpoint(path, with_tensors=with_tensors)
         except InputError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ollatune.base.errors import InputError, ServiceError, UsageError, VerificationError
-from ollatune.base.files import clean_staging
+from ollatune.base.files import clean_staging, refuse_unwritable
 from ollatune.base.log import get_logger
 from ollatune.base.text import did_you_mean, format_bytes
 from ollatune.config.load import ParsedYaml, load_config
@@ -212,8 +212,8 @@ def _check_options(options: ExportOptions) -> None:
         from ollatune.ollama.names import ModelName
 
         ModelName.parse(options.create)  # a wrong name is found before minutes of work
-    if options.output.exists() and not options.output.is_dir():
-        raise UsageError(f"--output {options.output} is a file; a folder was expected.")
+    if not options.dry_run:
+        refuse_unwritable(options.output)
 
 
 def _require_own_folder(folder: Path, wanted: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ollatune.base.errors import InputError, UsageError
+from ollatune.base.errors import InputError
+from ollatune.base.files import refuse_unwritable
 from ollatune.base.imports import first_import_of
 from ollatune.config.load import ParsedYaml, load_config
 from ollatune.config.schema import Config, OutputConfig
@@ -118,6 +120,7 @@ def run_train(options: TrainOptions) -> dict[str, Any]:
     started = time.perf_counter()
     config, resumed, overrides = resolve(options)
     check_inputs(config)
+    _check_folders(config, starts=not options.dry_run)
     if options.dry_run:
         from ollatune.commands.dry_run import plan_training
 
@@ -151,8 +154,18 @@ def check_inputs(config: Config) -> None:
                 f"There is no data at {source.path}.",
                 hint="Pass --data with a file or folder of records (JSONL, JSON, Parquet, CSV, text).",
             )
-    if config.output.folder.exists() and not config.output.folder.is_dir():
-        raise UsageError(f"--output {config.output.folder} is a file; a folder was expected.")
+
+
+def _check_folders(config: Config, *, starts: bool) -> None:
+    """See that the run can write where it has to; where it starts now, that no other one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes only the first one writes
+    for folder in (config.output.folder, checkpoint_folder(config), config.output.logs):
+        refuse_unwritable(folder)
+    if starts:
+        from ollatune.training.run_folder import RunFolder
+
+        RunFolder(config.output.folder).refuse_owned()
 
 
 def _metrics(config: Config) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ollatune.base.files import clean_staging, make_folder, storage_error, try_lock
+from ollatune.base.files import clean_staging, make_folder, storage_error
+from ollatune.base.locks import LocksUnsupportedError, try_lock
 from ollatune.base.log import get_logger
 from ollatune.config.schema import DataConfig
 from ollatune.data.cache_build import (
@@ -139,10 +140,15 @@ def _alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise storage_error(error, path) from error
     with stream:
-        if not try_lock(stream.fileno()):
-            get_logger("data").info("Another process is tokenising the same data: waiting for it.")
-            while not try_lock(stream.fileno()):
-                time.sleep(_LOCK_POLL_SECONDS)
+        with contextlib.suppress(
+            LocksUnsupportedError
+        ):  # then each builds it: pieces are whole or absent
+            if not try_lock(stream.fileno()):
+                get_logger("data").info(
+                    "Another process is tokenising the same data: waiting for it."
+                )
+                while not try_lock(stream.fileno()):
+                    time.sleep(_LOCK_POLL_SECONDS)
         yield
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ollatune.base.errors import InputError, StorageError, UsageError
@@ -119,7 +119,10 @@ def not_found(model_name: ModelName, roots: list[Path], suggestion: str | None) 
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.lower().endswith(".gguf") or name.startswith(("/", "./", "../", "~"))
+    """A path of this system or of Windows: no model name has a backslash, or begins with a drive and a root."""
+    if name.lower().endswith(".gguf") or name.startswith(("/", "./", "../", "~")):
+        return True
+    return "\\" in name or PureWindowsPath(name).is_absolute()
 
 
 def _from_file(path: Path) -> BaseSource:

@@ -7,30 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
-import socket
-import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from ollatune.base.errors import LockedError, UsageError
+from ollatune.base.errors import UsageError
 from ollatune.base.files import (
     clean_staging,
     make_folder,
     storage_error,
-    try_lock,
     write_json,
     write_text,
 )
+from ollatune.base.locks import own_folder, refuse_owned
 from ollatune.base.log import get_logger
 
 LOCK_NAME = ".run.lock"
-_OWNER_WAIT_SECONDS = 0.3
 
 
 def utc_now() -> str:
@@ -40,12 +34,6 @@ def utc_now() -> str:
 
 def new_run_id() -> str:
     return f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-
-
-def _boot_id() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
 
 
 class RunFolder:
@@ -118,33 +106,15 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Own the folder for the length of the block. Raises LockedError naming the owner.
 
-        The operating system frees the lock when its holder dies, however it dies, so none is ever stale.
+        See `base.locks`: what a dead process held is free.
         """
-        make_folder(self.path)
-        path = self.path / LOCK_NAME
-        try:
-            stream = path.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise storage_error(error, path) from error
-        try:
-            if not try_lock(stream.fileno()):
-                raise _locked(self.path, path)
-            stream.truncate(0)
-            stream.write(
-                json.dumps(
-                    {
-                        "pid": os.getpid(),
-                        "host": socket.gethostname(),
-                        "boot": _boot_id(),
-                        "started": utc_now(),
-                    }
-                )
-            )
-            stream.flush()
+        with own_folder(self.path, LOCK_NAME):
             clean_staging(self.path)
             yield
-        finally:
-            stream.close()
+
+    def refuse_owned(self) -> None:
+        """Raise LockedError where another process has the lock now: asked before anything heavy is loaded."""
+        refuse_owned(self.path, LOCK_NAME)
 
     def truncate_logs(self, last_step: int) -> None:
         """Drop what metrics.jsonl and samples.jsonl say about steps after `last_step`."""
@@ -164,25 +134,6 @@ class RunFolder:
             if step <= last_step:
                 kept.append(line + "\n")
         write_text(path, "".join(kept))
-
-
-def _locked(folder: Path, path: Path) -> LockedError:
-    """The error that names the owner; one that has only just got the lock is given a moment to write its name."""
-    who = "another process"
-    deadline = time.monotonic() + _OWNER_WAIT_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            owner = json.loads(path.read_text(encoding="utf-8"))
-            who = f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
-            if owner["boot"] == _boot_id() and psutil.pid_exists(owner["pid"]):
-                break
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        time.sleep(0.01)
-    return LockedError(
-        f"{folder} is in use by {who}.",
-        hint="Wait until it ends, stop it, or choose another folder with --output.",
-    )
 
 
 class MetricsLog:
