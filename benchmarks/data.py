@@ -22,32 +22,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
-
 from data_generate import generate
+from process_memory import watch
 
 STEPS = Path(__file__).resolve().with_name("data_steps.py")
 SAMPLE_SECONDS = 1.0  # adding up a process's pages stops it for some milliseconds
 READ_MB = 100
-
-
-def tree_memory(root: psutil.Process) -> tuple[int, int]:
-    """(RSS, PSS) in bytes of a process and all its descendants; PSS is 0 where the system does not tell."""
-    rss = pss = 0
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            rss += process.memory_info().rss
-            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            pss += next(int(line.split()[1]) for line in rollup.splitlines() if line[:4] == "Pss:")
-        except (psutil.Error, OSError, StopIteration):
-            continue
-    return rss, pss << 10
 
 
 def run_step(step: str, **arguments: Any) -> dict[str, Any]:
@@ -55,15 +40,8 @@ def run_step(step: str, **arguments: Any) -> dict[str, Any]:
     command = [sys.executable, str(STEPS), step, json.dumps(arguments, default=str)]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output)
-        root, peak_rss, peak_pss = psutil.Process(process.pid), 0, 0
-        while process.poll() is None:
-            try:
-                rss, pss = tree_memory(root)
-            except psutil.Error:
-                break
-            peak_rss, peak_pss = max(peak_rss, rss), max(peak_pss, pss)
-            time.sleep(SAMPLE_SECONDS)
-        if process.wait():
+        peak_rss, peak_pss = watch(process, SAMPLE_SECONDS)
+        if process.returncode:
             raise SystemExit(f"the step {step} ended with exit code {process.returncode}")
         output.seek(0)
         result: dict[str, Any] = json.loads(output.read().decode().splitlines()[-1])

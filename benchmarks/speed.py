@@ -1,12 +1,14 @@
 """Training speed side by side with what a user would pick instead, on the same batches, alternating in one run.
 
-    python benchmarks/speed.py --json [--rounds 3] [--only WORD ...] [--curves] [--save]
+    python benchmarks/speed.py [--json] [--rounds 3] [--only WORD ...] [--all-settings] [--curves] [--save]
 
-Prints one JSON object: `rows` (system, setting, case, tokens_per_second, spread, peak_mb, loss, seconds_per_epoch),
-`ratio_best_peer`, `ratio_trainer_default`, `memory_ratio` (ours over the fastest peer setting),
+Prints the table, or with --json one object: `rows` (system, setting, case, tokens_per_second, spread, peak_mb, loss,
+seconds_per_epoch, ...), `ratio_best_peer`, `ratio_trainer_default`, `memory_ratio` (ours over the fastest peer's),
 `memory_ratio_trainer_default`, `ratio_shared_context`, `ceiling_share`. Tokens are those of the examples: padding does
-not count. Every measurement runs in a process of its own, warm-up steps aside; figures are medians over rounds.
-Peers live in environments of their own, made once in the user cache (`benchmarks/peers/`).
+not count. Every measurement runs in a process of its own with the same warm-up steps; figures are medians over rounds.
+`--save` adds to the result file of the day: rows measured anew replace their like, the others stay. `--rounds 0
+--curves` measures the loss curves alone. Peers live in environments of their own, made once in the user cache
+(`benchmarks/peers/`). See docs/speed.md.
 """
 
 from __future__ import annotations
@@ -18,8 +20,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import date
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,65 +31,24 @@ if not __package__:  # run as a script: the folder has a file named gguf.py
 from benchmarks.peers.environments import NotInstallableError, cache_folder, ensure  # noqa: E402
 from benchmarks.peers.frozen import RANK, THREADS  # noqa: E402
 from benchmarks.speed_data import (  # noqa: E402
+    CASES,
     NUM_QUESTIONS,
     QUESTION_TOKENS,
     SHARED_TOKENS,
     freeze,
     tokens_per_batch,
 )
+from benchmarks.speed_plan import (  # noqa: E402
+    CURVES,
+    MORE_SETTINGS,
+    NOT_MEASURED,
+    OURS,
+    PLAN,
+    Measurement,
+)
 
-OURS, TRAINER, TRL = "Ollatune", "Transformers Trainer + PEFT", "TRL SFTTrainer + PEFT"
-LITGPT = "LitGPT"
 EPOCH_RECORDS = 1000
 TIMEOUT_SECONDS = 420
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One line of the table. `environment` None is this one."""
-
-    system: str
-    setting: str
-    case: str
-    script: str
-    environment: str | None
-    warmup: int = 1
-    steps: int = 3
-
-
-def _trainer(setting: str, case: str = "mixed", **more: Any) -> Measurement:
-    return Measurement(TRAINER, setting, case, "peers/run_transformers.py", "trl", **more)
-
-
-def _trl(setting: str, case: str = "mixed", **more: Any) -> Measurement:
-    return Measurement(TRL, setting, case, "peers/run_trl.py", "trl", **more)
-
-
-DEFAULT = "fp32-padded"
-"""What `Trainer` does with a model loaded and a collator chosen without further thought."""
-PLAN = (
-    Measurement(OURS, "default", "mixed", "speed_ours.py", None, 2, 6),
-    _trainer(DEFAULT, steps=1),
-    _trainer("bf16-packed"),
-    _trainer("bf16-packed-compile"),
-    _trainer("bf16-single-eager"),
-    _trl("bf16-packed"),
-    _trl("bf16-single-eager"),
-    Measurement(LITGPT, "bf16-single", "mixed", "peers/run_litgpt.py", "litgpt"),
-    Measurement(OURS, "default", "shared", "speed_ours.py", None, 2, 4),
-    _trainer("bf16-single-eager", "shared", steps=2),
-    _trl("bf16-single-eager", "shared", steps=2),
-)
-NOT_MEASURED = {
-    "LLaMA-Factory 0.9.5": "installs, but does not import beside a CPU torch: the torchvision that it requires is "
-    "built for CUDA on PyPI (operator torchvision::nms does not exist)",
-}
-"""Others that were tried, and why they have no line."""
-CURVES = (
-    Measurement(OURS, "default", "mixed", "speed_ours.py", None, 0, 50),
-    Measurement(OURS, "default-fp32", "mixed", "speed_ours.py", None, 0, 50),
-    _trainer("fp32-packed", warmup=0, steps=50),
-)
 
 
 def frozen_inputs() -> Path:
@@ -96,7 +56,7 @@ def frozen_inputs() -> Path:
     from ollatune.modeling.embedded import fetch_embedded
 
     folder = cache_folder() / "data"
-    if not (folder / "shared.json").is_file():
+    if not all((folder / f"{case}.json").is_file() for case in CASES):
         records = sorted((HERE.parent / "data" / "processed").glob("train*.jsonl"))
         freeze(folder, fetch_embedded("smollm2-135m"), records)
     return folder
@@ -173,46 +133,17 @@ def row_of(what: Measurement, results: list[dict[str, Any]], folder: Path) -> di
         "tokens_per_second": round(speed, 2),
         "spread": [round(min(speeds), 2), round(max(speeds), 2)],
         "peak_mb": statistics.median(result["peak_mb"] for result in results),
+        **{
+            f"{name}_mb": statistics.median(result[f"{name}_mb"] for result in results)
+            for name in ("imports", "loading", "steps")
+        },
         "loss": round(results[-1]["loss"], 5),
+        "losses": [round(loss, 5) for loss in results[-1]["losses"]],
+        "compiled_while_measured": max(result["compiled_while_measured"] for result in results),
         "num_steps": what.warmup + what.steps,
         "seconds_per_epoch": round(EPOCH_RECORDS * per_record / speed, 1),
         "rounds": len(results),
-    }
-
-
-def ratios(rows: list[dict[str, Any]]) -> dict[str, float | str | None]:
-    """The comparisons that the goals are about; None where a side was not measured."""
-
-    def of(system: str, case: str, setting: str | None = None) -> list[dict[str, Any]]:
-        return [
-            row
-            for row in rows
-            if (row["system"] == OURS) == (system == OURS)
-            and row["case"] == case
-            and setting in (None, row["setting"])
-        ]
-
-    def fastest(found: list[dict[str, Any]]) -> dict[str, Any] | None:
-        return max(found, key=lambda row: row["tokens_per_second"], default=None)
-
-    def ratio(key: str, above: dict[str, Any] | None, below: dict[str, Any] | None) -> float | None:
-        return None if above is None or below is None else round(above[key] / below[key], 3)
-
-    ours, shared = fastest(of(OURS, "mixed")), fastest(of(OURS, "shared"))
-    best, default = fastest(of("peers", "mixed")), fastest(of("peers", "mixed", DEFAULT))
-    best_shared = fastest(of("peers", "shared"))
-    speed = "tokens_per_second"
-    return {
-        "best_peer": None if best is None else f"{best['system']} {best['setting']}",
-        "best_peer_shared": None
-        if best_shared is None
-        else f"{best_shared['system']} {best_shared['setting']}",
-        "ratio_best_peer": ratio(speed, ours, best),
-        "ratio_trainer_default": ratio(speed, ours, default),
-        "ratio_shared_context": ratio(speed, shared, best_shared),
-        "memory_ratio": ratio("peak_mb", ours, best),
-        "memory_ratio_trainer_default": ratio("peak_mb", ours, default),
-        "memory_ratio_shared_context": ratio("peak_mb", shared, best_shared),
+        "measured": datetime.now().isoformat(timespec="minutes"),
     }
 
 
@@ -250,53 +181,67 @@ def machine() -> str:
     return f"{hardware(torch.device('cpu'))['processor']}, {THREADS} threads"
 
 
+def describe(folder: Path) -> dict[str, Any]:
+    """When, where and on what."""
+    quarter = tokens_per_batch(folder, "quarter", 1)
+    return {
+        "date": datetime.now().date().isoformat(),
+        "machine": machine(),
+        "batches": {
+            "mixed": f"4 examples of 24-512 tokens ({tokens_per_batch(folder, 'mixed', 1):.0f} in all), 40 % targets",
+            "shared": f"{NUM_QUESTIONS} questions of {QUESTION_TOKENS} tokens about one context of {SHARED_TOKENS}",
+            "quarter": f"4 examples of 6-128 tokens ({quarter:.0f} in all), 40 % targets",
+        },
+    }
+
+
+def curves(folder: Path, words: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """`losses` of CURVES by name, and in `not_measured` those that failed."""
+    plan = tuple(what for what in CURVES if _is_wanted(what, words))
+    found, failed = collect(plan, 1, folder, say)
+    losses = {f"{what.system} {what.setting}": f[0]["losses"] for what, f in found.items()}
+    return {"losses": losses, "not_measured": failed}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: curves alone")
     parser.add_argument(
         "--only", nargs="+", default=[], help="words; a measurement must contain one of them"
     )
     parser.add_argument(
-        "--curves", action="store_true", help="also losses over 50 steps, 9 minutes"
+        "--all-settings", action="store_true", help="also the settings that were slower when tried"
     )
-    parser.add_argument("--save", action="store_true", help="also write benchmarks/results/")
+    parser.add_argument("--curves", action="store_true", help="also losses over 50 steps")
+    parser.add_argument("--save", action="store_true", help="add to today's benchmarks/results/")
     options = parser.parse_args()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    from benchmarks.speed_report import merge, save, table
+
     folder = frozen_inputs()
-    plan = tuple(what for what in PLAN if _is_wanted(what, options.only))
+    plan = PLAN + (MORE_SETTINGS if options.all_settings else ())
+    plan = tuple(what for what in plan if _is_wanted(what, options.only))
     results, missing = collect(plan, options.rounds, folder, say)
-    rows = [row_of(what, found, folder) for what, found in results.items()]
-    ceiling = ceilings(folder)
-    best = max(ceiling.values())
-    ours = [r for r in rows if r["system"] == OURS and r["case"] == "mixed"]
-    result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "batches": {
-            "mixed": f"4 examples of 24-512 tokens ({tokens_per_batch(folder, 'mixed', 1):.0f} in all), 40 % targets",
-            "shared": f"{NUM_QUESTIONS} questions of {QUESTION_TOKENS} tokens about one context of {SHARED_TOKENS}",
-        },
-        "rows": rows,
-        **ratios(rows),
-        "ceiling_tokens_per_second": {name: round(value, 1) for name, value in ceiling.items()},
-        "ceiling_share": round(ours[0]["tokens_per_second"] / best, 3) if ours else None,
+    result: dict[str, Any] = describe(folder) | {
+        "rows": [row_of(what, found, folder) for what, found in results.items()],
         "not_measured": NOT_MEASURED | missing,
     }
+    if any(what.system == OURS for what in results):
+        ceiling = ceilings(folder)
+        result["ceiling_tokens_per_second"] = {n: round(value, 1) for n, value in ceiling.items()}
     if options.curves:
-        curves, failed = collect(CURVES, 1, folder, say)
-        result["not_measured"] |= failed
-        result["losses"] = {
-            f"{what.system} {what.setting}": found[0]["losses"] for what, found in curves.items()
-        }
+        found = curves(folder, options.only, say)
+        result["losses"] = found["losses"]
+        result["not_measured"] |= found["not_measured"]
+    result = merge(None, result)
     if options.save:
-        from benchmarks.speed_report import save
-
-        say(f"Saved {save(result, HERE / 'results')}")
-    print(json.dumps(result))
+        path, result = save(result, HERE / "results")
+        say(f"Saved {path}")
+    print(json.dumps(result) if options.json else table(result))
     return 0
 
 

@@ -18,6 +18,9 @@ QUESTION_TOKENS = 32
 NUM_BATCHES = 64
 IGNORED = -100
 
+CASES = ("mixed", "shared", "quarter")
+"""`quarter`: the mixed lengths over four, for many steps in little time."""
+
 Example = tuple[np.ndarray, np.ndarray]
 
 
@@ -72,7 +75,7 @@ def read_frozen(folder: Path, case: str, count: int) -> list[list[Example]]:
 
 
 def freeze(folder: Path, gguf_path: Path, text_files: list[Path]) -> None:
-    """Write `mixed.json`, `shared.json`, `base/` (Hugging Face, fp32) and `adapter/` (PEFT) below `folder`."""
+    """Write a JSON file for each of CASES, `base/` (Hugging Face, fp32) and `adapter/` (PEFT) below `folder`."""
     from benchmarks.peers.frozen import ALPHA, RANK
 
     from ollatune.gguf.reader import GGUFFile
@@ -92,8 +95,9 @@ def freeze(folder: Path, gguf_path: Path, text_files: list[Path]) -> None:
     settings = LoRASettings(RANK, float(ALPHA), 0.0)
     inject_lora(model, settings, seed=1)
     save_adapter(folder / "adapter", adapter_state(model), settings, base_name="base")
-    for case in ("mixed", "shared"):
-        cut = batches(NUM_BATCHES, ids, shared=case == "shared")
+    for case in CASES:
+        scale = 0.25 if case == "quarter" else 1.0
+        cut = batches(NUM_BATCHES, ids, shared=case == "shared", scale=scale)
         (folder / f"{case}.json").write_text(json.dumps({"batches": _plain(cut)}))
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 from ollatune.base.files import user_cache_folder
 
 HERE = Path(__file__).resolve().parent
+_WITHOUT_DEPENDENCIES = ("llamafactory",)
+"""Its pins are all it needs; what it asks for beyond them has wheels for CUDA alone."""
 _CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _FORBIDDEN = ("nvidia-", "nvidia_", "cuda-", "cuda_")
 
@@ -69,15 +73,36 @@ def _install(name: str, more: list[str]) -> str | None:
     """Install the pins; returns what is wrong. Looks first at what would come, so that no CUDA build is pulled."""
     pip = [str(python_of(name)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     wanted = ["--requirement", str(pins_of(name)), *more]
+    if name in _WITHOUT_DEPENDENCIES:
+        wanted.append("--no-deps")
     plan = cache_folder() / name / "plan.json"
     tried = _run([*pip, "--dry-run", "--report", str(plan), *wanted])
     if tried is not None:
         return tried
-    names = [item["metadata"]["name"].lower() for item in json.loads(plan.read_text())["install"]]
-    heavy = [found for found in names if found.startswith(_FORBIDDEN)]
+    problem = _cuda_build(json.loads(plan.read_text())["install"])
+    problem = problem or _run([*pip, *wanted])
+    if problem is None:
+        _take_out_cuda_parts(name)
+    return problem
+
+
+def _cuda_build(planned: list[dict[str, Any]]) -> str | None:
+    """What of a pip report would be built for CUDA, in words; None for nothing."""
+    names = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in planned}
+    heavy = [name for name in names if name.startswith(_FORBIDDEN)]
+    torch = names.get("torch", "+cpu")
+    if sys.platform == "linux" and platform.machine() == "x86_64" and not torch.endswith("+cpu"):
+        heavy.append(f"torch {torch}")
     if heavy:
         return f"pip would pull a CUDA build of torch ({', '.join(heavy[:3])}, ...)"
-    return _run([*pip, *wanted])
+    return None
+
+
+def _take_out_cuda_parts(name: str) -> None:
+    """torchaudio does without its compiled part, but not with one that wants CUDA libraries; text needs none of it."""
+    for folder in (cache_folder() / name).glob("[Ll]ib*/**/site-packages/torchaudio/lib"):
+        for part in folder.glob("_torchaudio*"):
+            part.unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> str | None:

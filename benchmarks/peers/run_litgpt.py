@@ -2,8 +2,9 @@
 
     python run_litgpt.py SETTING FOLDER CASE WARMUP STEPS
 
-SETTING: `bf16` or `fp32` (its bf16-true, 32-true), `padded` or `single` (micro-batches of one, accumulated); it has no
-packing. Its adapter starts from its own random values, so its losses differ a little from the others'.
+SETTING: `bf16` or `fp32` (its bf16-true, 32-true), `padded` or `single` (micro-batches of one, accumulated), with
+`compile` through torch.compile; it has no packing. Its adapter starts from its own random values, so its losses differ
+a little from the others'.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def main() -> None:
     batches = job.batches()
     model.max_seq_length = max(len(e["input_ids"]) for batch in batches for e in batch)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if "compile" in job.setting:
+        model = torch.compile(model)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     clock = Clock()
     clock.start()

@@ -4,7 +4,8 @@
 
 SETTING is words joined by `-`: `fp32` or `bf16` (weights), `padded`, `packed` (DataCollatorWithFlattening: one row with
 position ids, attention kept apart by Transformers) or `single` (one example at a time, gradients accumulated), then
-any of `eager` (attention), `compile` (torch_compile), `lora32` (adapter in fp32 on bf16 weights).
+any of `grouped` (batches of like lengths, as `group_by_length` makes them), `eager` or `flex` (attention; else sdpa),
+`compile` (torch_compile), `checkpointing`, `lora32` (adapter in fp32 on bf16 weights).
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class StepClock(TrainerCallback):
 def load(job: Job, words: list[str]) -> Any:
     """The base with the common initial adapter."""
     dtype = torch.bfloat16 if "bf16" in words else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
-        job.base, dtype=dtype, attn_implementation="eager" if "eager" in words else "sdpa"
-    )
+    attention = {"eager": "eager", "flex": "flex_attention"}
+    chosen = next((attention[word] for word in words if word in attention), "sdpa")
+    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=dtype, attn_implementation=chosen)
     cast = dtype == torch.float32 or "lora32" in words
     model = PeftModel.from_pretrained(
         model, job.adapter, is_trainable=True, autocast_adapter_dtype=cast
@@ -91,6 +92,7 @@ def main() -> None:
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             torch_compile="compile" in words,
+            gradient_checkpointing="checkpointing" in words,
         )
         Trainer(
             model=load(job, words),

@@ -33,7 +33,7 @@ def main() -> None:
             **arguments(job, folder, batch_size, accumulation),
             train_sampling_strategy="sequential",
             bf16=False,  # the weights are bf16 already: no autocast
-            gradient_checkpointing=False,
+            gradient_checkpointing="checkpointing" in words,
             max_length=None,
             padding_free="packed" in words,
             dataset_kwargs={"skip_prepare_dataset": True},
