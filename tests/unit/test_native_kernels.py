@@ -294,14 +294,14 @@ def test_bf16_step_is_no_worse_than_transformers(family: str, share: bool, tmp_p
 def test_without_a_compiler_the_reason_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(build, "_processor_flags", lambda: "sse2 avx512_bf16")
+    monkeypatch.setattr(build, "processor_flags", lambda: "sse2 avx512_bf16")
     monkeypatch.setattr(build, "user_cache_folder", lambda: tmp_path)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.delenv("CC", raising=False)
     assert build.load_library.__wrapped__() == build.Loaded(
         None, "no C compiler (gcc or clang) was found"
     )
-    monkeypatch.setattr(build, "_processor_flags", lambda: "sse2")
+    monkeypatch.setattr(build, "processor_flags", lambda: "sse2")
     assert "AVX512-BF16" in build.load_library.__wrapped__().reason
 
 
@@ -310,7 +310,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     compiler.write_text("#!/bin/sh\necho first >&2\necho no luck >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setattr(build, "_processor_flags", lambda: "avx512_bf16")
+    monkeypatch.setattr(build, "processor_flags", lambda: "avx512_bf16")
     monkeypatch.setattr(build, "user_cache_folder", lambda: tmp_path)
     loaded = build.load_library.__wrapped__()
     assert loaded.library is None

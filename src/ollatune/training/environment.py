@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional
 
 from ollatune.base.allocator import keep_freed_memory
 from ollatune.base.log import get_logger
+from ollatune.base.processor import processor_flags, processor_name
 from ollatune.modeling.fast.native import kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,21 +71,11 @@ def choose_dtype(setting: str, device: torch.device) -> tuple[str, str]:
 
 def _cpu_has_bf16() -> bool:
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(supported and supported()) and _cpu_flag("avx512_bf16", "amx_bf16", "bf16")
-
-
-def _cpu_flag(*names: str) -> bool:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True  # no list of flags on this system: the measurement decides
-    flags = {
-        word
-        for line in text.splitlines()
-        if line.startswith(("flags", "Features"))
-        for word in line.split()
-    }
-    return any(name in flags for name in names)
+    if not (supported and supported()):
+        return False
+    flags = processor_flags().split()
+    # Where the system has no list of them, the measurement decides.
+    return not flags or any(name in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _measured_bf16_gain() -> float:
@@ -152,7 +142,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """What the run computed on."""
     described: dict[str, Any] = {
         "system": platform.platform(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "num_threads": torch.get_num_threads(),
         "device": str(device),
     }
@@ -160,16 +150,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
         described["gpu"] = torch.cuda.get_device_name(device)
         described["gpu_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
     return described
-
-
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

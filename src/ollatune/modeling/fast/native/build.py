@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ollatune.base.files import user_cache_folder
+from ollatune.base.processor import processor_flags
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -36,7 +37,7 @@ class Loaded:
 @lru_cache(maxsize=1)
 def load_library() -> Loaded:
     """The compiled kernels, compiled now if they are not in the cache. Never raises: the reason tells."""
-    flags = _processor_flags()
+    flags = processor_flags()
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return Loaded(None, f"no kernels for {platform.system()} on {platform.machine()}")
     if "avx512_bf16" not in flags.split():
@@ -52,16 +53,6 @@ def load_library() -> Loaded:
         return Loaded(None, f"{shlex.join(compiler)} failed: {''.join(last) or error}")
     except (OSError, subprocess.SubprocessError) as error:
         return Loaded(None, f"the kernels could not be compiled or loaded: {error}")
-
-
-def _processor_flags() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return ""
 
 
 def _compiler() -> list[str] | None:
