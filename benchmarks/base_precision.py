@@ -11,7 +11,6 @@ file: `rows` with the loss of the held-out answers in nats a token and the exact
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the folder has a file named gguf.py
 
 import torch  # noqa: E402
-from benchmarks.results import save  # noqa: E402
+from benchmarks.results import add_output_options, publish  # noqa: E402
 from benchmarks.smollm2 import (  # noqa: E402
     CONTEXT,
     FOLDER,
@@ -120,12 +119,9 @@ def rows_of(mix: str, precise: Path, folder: Path, seed: int) -> list[dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
-    )
+    add_output_options(parser)
     parser.add_argument("--types", nargs="+", default=list(SERVED_TYPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
-    parser.add_argument("--save", action="store_true", help="write a dated file to results/")
     arguments = parser.parse_args()
     folder = FOLDER / "base-precision"
     precise = precise_base(folder / "smollm2-135m-f16.gguf")
@@ -138,13 +134,7 @@ def main() -> None:
         for seed in arguments.seeds:
             rows += rows_of(mix, precise, folder, seed)
     result = {"size_bytes": sizes, "rows": rows}
-    if arguments.save:
-        print(save("base-precision", result), file=sys.stderr)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
+    publish("base-precision", result, arguments)
 
 
 if __name__ == "__main__":

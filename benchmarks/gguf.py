@@ -10,7 +10,6 @@ memory that is kept with all threads or one, and into new memory); `encode_time_
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,20 +26,17 @@ from benchmarks.gguf_codecs import (  # noqa: E402
     measure_encoding,
 )
 from benchmarks.gguf_header import measure_header  # noqa: E402
-from benchmarks.results import save  # noqa: E402
+from benchmarks.results import add_output_options, publish  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
-    )
+    add_output_options(parser)
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, help="rounds that count (%(default)s)"
     )
     parser.add_argument("--threads", type=int, help="torch threads to decode with (torch's own)")
     parser.add_argument("--types", nargs="*", help="only these tensor types")
-    parser.add_argument("--save", action="store_true", help="write a dated file to results/")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -52,13 +48,7 @@ def main() -> None:
         **measure_decoding(decoded, rounds=arguments.rounds),
         **measure_encoding(encoded, rounds=arguments.rounds),
     }
-    if arguments.save:
-        print(save("gguf", result), file=sys.stderr)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for key, value in result.items():
-        print(f"{key}: {json.dumps(value)}")
+    publish("gguf", result, arguments)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ asks llama.cpp the held-out questions. One JSON object with `rows`: `tensor_type
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections import Counter
@@ -21,7 +20,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the folder has a file named gguf.py
 
-from benchmarks.results import save  # noqa: E402
+from benchmarks.results import add_output_options, publish  # noqa: E402
 from benchmarks.smollm2 import (  # noqa: E402
     CONTEXT,
     FOLDER,
@@ -77,10 +76,7 @@ def base_row(checkpoint: Path, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
-    )
-    parser.add_argument("--save", action="store_true", help="write a dated file to results/")
+    add_output_options(parser)
     arguments = parser.parse_args()
     checkpoint = train_once(BASE, "none")
     folder = FOLDER / "recovery" / checkpoint.parent.name
@@ -88,13 +84,7 @@ def main() -> None:
     measures["untrained"] = partial(base_row, checkpoint, folder)
     rows = [remembered(folder / f"{kind}.json", measure) for kind, measure in measures.items()]
     result = {"base": BASE, "rows": rows}
-    if arguments.save:
-        print(save("recovery", result), file=sys.stderr)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
+    publish("recovery", result, arguments)
 
 
 if __name__ == "__main__":

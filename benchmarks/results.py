@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,25 @@ def save(name: str, result: dict[str, Any]) -> Path:
     content = {"benchmark": name, "date": path.name[:10], "machine": machine(), **result}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """`--json` and `--save`, for `publish`."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
+    parser.add_argument("--save", action="store_true", help="write a dated file to results/")
+
+
+def publish(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Save and print `result` as `arguments` ask: as one JSON object, or its `rows` one a line, or all its values."""
+    if arguments.save:
+        print(save(name, result), file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(result))
+    elif "rows" in result:
+        for row in result["rows"]:
+            print("  ".join(f"{key}={value}" for key, value in row.items()))
+    else:
+        for key, value in result.items():
+            print(f"{key}: {json.dumps(value)}")

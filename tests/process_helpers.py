@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
+from tests.run_helpers import run, train_command
+
 NO_DROPOUT = ("--set", "advanced.lora_dropout=0")
+METHODS = {
+    "lora": NO_DROPOUT,
+    "full": ("--set", "advanced.lora_enabled=false", "--set", "training.max_grad_norm=0.5"),
+    "packed": (*NO_DROPOUT, "--set", "model.quantization=as-served"),
+    "dora": (*NO_DROPOUT, "--set", "advanced.use_dora=true"),
+}
 
 
 def launch(
@@ -57,6 +66,33 @@ def launch(
                 process.kill()
                 process.wait()
         return [(code, Path(folder, str(rank)).read_text()) for rank, code in enumerate(codes)]
+
+
+def started(
+    count: int, arguments: list[str], *, code: int = 0, faults: dict[int, str] | None = None
+) -> list[str]:
+    """Stderr of each of `count` processes, which must all end with `code` and without a traceback."""
+    results = launch(count, arguments, faults=faults)
+    assert [found for found, _ in results] == [code] * count, results
+    assert all("Traceback" not in error for _, error in results), results
+    return [error for _, error in results]
+
+
+def method_command(
+    base: Path, data: Path, output: Path, method: str, count: int, *more: str
+) -> list[str]:
+    """Three steps an epoch, the last of a single example, whatever the number of processes."""
+    return with_sizes(train_command(base, data, output, *METHODS[method], *more), 2, 4 // count)
+
+
+def single_runs(
+    methods: Iterable[str], base: Path, data: Path, factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The output folders of the same run by one process, for each method."""
+    outputs = {method: factory.mktemp(method) for method in methods}
+    for method, output in outputs.items():
+        assert run(method_command(base, data, output, method, 1)) == 0
+    return outputs
 
 
 def with_sizes(command: list[str], batch: int, accumulation: int) -> list[str]:

@@ -93,6 +93,11 @@ def steps_of(output: Path) -> list[dict[str, Any]]:
     ]
 
 
+def last(output: Path) -> Path:
+    """The checkpoint at the end of the two epochs of `train_command`."""
+    return output / "checkpoints" / "epoch_2.pt"
+
+
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     """The trained tensors of a checkpoint."""
     return read_checkpoint(path).model_state_dict

@@ -14,19 +14,9 @@ import pytest
 from ollatune.base.errors import StorageError
 from ollatune.base.files import require_writable
 from ollatune.checkpoint.store import newest_checkpoint
-from tests.run_helpers import run, tiny_base, train_command, write_records
+from tests.run_helpers import run, train_command
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc and mounts")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=8, validation=2, test=0)
 
 
 @pytest.mark.parametrize("which", ["output", "checkpoints", "logs"])

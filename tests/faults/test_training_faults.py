@@ -19,33 +19,18 @@ from ollatune.training.run_folder import RunFolder
 from tests.run_helpers import (
     assert_same_weights,
     inject,
+    last,
     run,
     steps_of,
-    tiny_base,
     train_command,
-    write_records,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=8, validation=2, test=0)
-
-
 def command(base: Path, data: Path, output: Path, *more: str) -> list[str]:
     """Four steps, a checkpoint at each second one."""
     return train_command(base, data, output, "--set", "validation.samples=0", *more)
-
-
-def last(output: Path) -> Path:
-    return output / "checkpoints" / "epoch_2.pt"
 
 
 @pytest.fixture(scope="module")

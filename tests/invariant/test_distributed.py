@@ -9,17 +9,7 @@ import pytest
 
 from ollatune.checkpoint.format import read_checkpoint
 from tests.process_helpers import NO_DROPOUT, assert_same_losses, launch, with_sizes
-from tests.run_helpers import run, steps_of, tiny_base, train_command, write_records
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=17, validation=3, test=0)
+from tests.run_helpers import run, steps_of, train_command, write_records
 
 
 @pytest.fixture(scope="module")

@@ -13,59 +13,35 @@ import torch
 from ollatune.base.errors import InputError
 from ollatune.checkpoint.format import read_checkpoint
 from ollatune.checkpoint.store import load_checkpoint, newest_checkpoint
-from tests.process_helpers import NO_DROPOUT, assert_same_losses, launch, with_sizes
+from tests.process_helpers import (
+    METHODS,
+    assert_same_losses,
+    launch,
+    method_command,
+    single_runs,
+    started,
+)
 from tests.run_helpers import (
     assert_same_weights,
     run,
     steps_of,
-    tiny_base,
-    train_command,
-    write_records,
 )
 
 pytestmark = pytest.mark.slow
 FSDP = ("--set", "distributed.backend=fsdp")
-METHODS = {
-    "lora": NO_DROPOUT,
-    "full": ("--set", "advanced.lora_enabled=false", "--set", "training.max_grad_norm=0.5"),
-    "packed": (*NO_DROPOUT, "--set", "model.quantization=as-served"),
-    "dora": (*NO_DROPOUT, "--set", "advanced.use_dora=true"),
-}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=17, validation=3, test=0)
-
-
-def command(base: Path, data: Path, output: Path, method: str, count: int, *more: str) -> list[str]:
-    """Three steps an epoch, the last of a single example, whatever the number of processes."""
-    return with_sizes(train_command(base, data, output, *METHODS[method], *more), 2, 4 // count)
 
 
 @pytest.fixture(scope="module")
 def single(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same run by one process, for each method."""
-    outputs = {}
-    for method in METHODS:
-        outputs[method] = tmp_path_factory.mktemp(method)
-        assert run(command(base, data, outputs[method], method, 1)) == 0
-    return outputs
+    return single_runs(METHODS, base, data, tmp_path_factory)
 
 
 def start(
     count: int, arguments: list[str], *, code: int = 0, faults: dict[int, str] | None = None
 ) -> None:
-    results = launch(count, arguments, faults=faults)
-    assert [found for found, _ in results] == [code] * count, results
-    assert all("Traceback" not in error for _, error in results), results
-    assert all(error == "" for _, error in results[1:]), results  # only the first one speaks
-    assert results[0][1].count("error: ") == bool(code), results
+    errors = started(count, arguments, code=code, faults=faults)
+    assert errors[1:] == [""] * (count - 1), errors  # only the first one speaks
+    assert errors[0].count("error: ") == bool(code), errors
 
 
 def assert_same_weights_nearly(left: Path, right: Path) -> None:
@@ -82,7 +58,7 @@ def assert_same_weights_nearly(left: Path, right: Path) -> None:
 def test_processes_with_parts_are_one_with_the_whole(
     base: Path, data: Path, single: dict[str, Path], tmp_path: Path, method: str, count: int
 ) -> None:
-    start(count, command(base, data, tmp_path / "out", method, count, *FSDP))
+    start(count, method_command(base, data, tmp_path / "out", method, count, *FSDP))
     assert_same_losses(steps_of(single[method]), steps_of(tmp_path / "out"))
     assert_same_weights_nearly(single[method] / "best_model.pt", tmp_path / "out" / "best_model.pt")
     samples = [
@@ -100,7 +76,7 @@ def test_sharded_checkpoints_go_on_with_another_number_of_processes(
     base: Path, data: Path, single: dict[str, Path], tmp_path: Path
 ) -> None:
     """Two processes, then four, then two again: parts are split and joined."""
-    arguments = command(base, data, tmp_path / "out", "full", 2, *FSDP)
+    arguments = method_command(base, data, tmp_path / "out", "full", 2, *FSDP)
     start(2, arguments, code=143, faults={0: "train.step:terminate@2"})
     start(4, [*arguments, "--resume", "auto"], code=143, faults={0: "train.step:terminate@2"})
     start(2, [*arguments, "--resume", "auto"])
@@ -110,12 +86,12 @@ def test_sharded_checkpoints_go_on_with_another_number_of_processes(
 def test_one_process_and_other_backends_go_on_from_shards_and_back(
     base: Path, data: Path, single: dict[str, Path], tmp_path: Path
 ) -> None:
-    arguments = command(base, data, tmp_path / "out", "lora", 2, *FSDP)
+    arguments = method_command(base, data, tmp_path / "out", "lora", 2, *FSDP)
     start(2, arguments, code=143, faults={1: "train.step:terminate@2"})
     copy = tmp_path / "copy"
     shutil.copytree(tmp_path / "out", copy)
     checkpoints = ["--resume", str(next((copy / "checkpoints").glob("step_*.shards")))]
-    alone = command(base, data, copy, "lora", 2)
+    alone = method_command(base, data, copy, "lora", 2)
     assert run([*alone, *checkpoints]) == 0
     assert_same_losses(steps_of(single["lora"]), steps_of(copy))
     start(2, [*alone, "--resume", str(copy / "checkpoints" / "epoch_1.pt"), *FSDP])
@@ -125,14 +101,14 @@ def test_one_process_and_other_backends_go_on_from_shards_and_back(
 @pytest.fixture(scope="module")
 def sharded(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("sharded")
-    start(2, command(base, data, output, "lora", 2, *FSDP))
+    start(2, method_command(base, data, output, "lora", 2, *FSDP))
     return output
 
 
 def test_the_same_number_of_processes_goes_on_bit_by_bit(
     base: Path, data: Path, sharded: Path, tmp_path: Path
 ) -> None:
-    arguments = command(base, data, tmp_path / "out", "lora", 2, *FSDP)
+    arguments = method_command(base, data, tmp_path / "out", "lora", 2, *FSDP)
     start(2, arguments, code=143, faults={1: "train.step:terminate@4"})
     start(2, [*arguments, "--resume", "auto"])
     assert steps_of(sharded) == steps_of(tmp_path / "out")
@@ -211,7 +187,7 @@ def test_a_layout_cannot_lead_out_of_its_folder(sharded: Path, tmp_path: Path) -
 def test_a_kill_in_a_sharded_save_leaves_a_whole_checkpoint(
     base: Path, data: Path, tmp_path: Path, rank: int, point: str
 ) -> None:
-    arguments = command(base, data, tmp_path / "out", "lora", 2, *FSDP)
+    arguments = method_command(base, data, tmp_path / "out", "lora", 2, *FSDP)
     results = launch(2, arguments, faults={rank: point})
     assert results[rank][0] == -9, results
     assert results[1 - rank][0] != 0, results
@@ -225,7 +201,7 @@ def test_a_kill_in_a_sharded_save_leaves_a_whole_checkpoint(
 def test_a_full_disk_on_one_process_ends_all_and_keeps_the_earlier(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
-    arguments = command(base, data, tmp_path / "out", "lora", 2, *FSDP)
+    arguments = method_command(base, data, tmp_path / "out", "lora", 2, *FSDP)
     results = launch(2, arguments, faults={1: "save.part:enospc@2"})
     assert [code for code, _ in results] == [5, 5], results
     messages = [error for _, error in results if "cannot write its part" in error]
@@ -242,10 +218,10 @@ def test_a_replaced_folder_is_put_back_after_a_kill(sharded: Path, tmp_path: Pat
 
 
 def test_out_of_memory_and_not_finite_end_all(base: Path, data: Path, tmp_path: Path) -> None:
-    arguments = command(base, data, tmp_path / "oom", "lora", 2, *FSDP)
+    arguments = method_command(base, data, tmp_path / "oom", "lora", 2, *FSDP)
     results = launch(2, arguments, faults={1: "train.micro_batch:oom@2"})
     assert 7 in [code for code, _ in results], results
     assert sum("Out of memory in the middle" in error for _, error in results) == 1
-    arguments = command(base, data, tmp_path / "nan", "lora", 2, *FSDP)
+    arguments = method_command(base, data, tmp_path / "nan", "lora", 2, *FSDP)
     results = launch(2, arguments, faults={1: "train.loss:nan@2"})
     assert [code for code, _ in results] == [6, 6], results

@@ -14,21 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.process_helpers import NO_DROPOUT, assert_same_losses, with_sizes
-from tests.run_helpers import run, steps_of, tiny_base, train_command, write_records
+from tests.run_helpers import run, steps_of, train_command
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "src" / "models" / "train.py")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=17, validation=3, test=0)
 
 
 def free_port() -> int:

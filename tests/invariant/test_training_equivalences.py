@@ -12,15 +12,9 @@ from tests.run_helpers import (
     inject,
     run,
     steps_of,
-    tiny_base,
     train_command,
     write_records,
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from ollatune.modeling.opened import OpenBase, open_base
 from ollatune.modeling.trained import load_trained, lora_settings
 from ollatune.training.build import make_loader, read_data
 from ollatune.training.distributed import Processes
-from tests.run_helpers import run, steps_of, tiny_base, train_command, write_records
+from tests.run_helpers import run, steps_of, train_command, write_records
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -34,11 +34,6 @@ VARIANTS = {
     "rslora": ("--set", "advanced.use_rslora=true"),
     "dora": ("--set", "advanced.use_dora=true"),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.process_helpers import NO_DROPOUT, assert_same_losses, launch, with_sizes
-from tests.run_helpers import run, steps_of, tiny_base, train_command, write_records
+from tests.process_helpers import (
+    assert_same_losses,
+    launch,
+    method_command,
+    single_runs,
+    started,
+)
+from tests.run_helpers import run, steps_of, train_command
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra"
 )
-METHODS = {
-    "lora": NO_DROPOUT,
-    "full": ("--set", "advanced.lora_enabled=false", "--set", "training.max_grad_norm=0.5"),
-}
 
 
 def zero(stage: int) -> tuple[str, ...]:
@@ -25,34 +27,8 @@ def zero(stage: int) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=17, validation=3, test=0)
-
-
-def command(base: Path, data: Path, output: Path, method: str, count: int, *more: str) -> list[str]:
-    return with_sizes(train_command(base, data, output, *METHODS[method], *more), 2, 4 // count)
-
-
-@pytest.fixture(scope="module")
 def single(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    outputs = {}
-    for method in METHODS:
-        outputs[method] = tmp_path_factory.mktemp(method)
-        assert run(command(base, data, outputs[method], method, 1)) == 0
-    return outputs
-
-
-def start(
-    count: int, arguments: list[str], *, code: int = 0, faults: dict[int, str] | None = None
-) -> None:
-    results = launch(count, arguments, faults=faults)
-    assert [found for found, _ in results] == [code] * count, results
-    assert all("Traceback" not in error for _, error in results), results
+    return single_runs(("lora", "full"), base, data, tmp_path_factory)
 
 
 @pytest.mark.slow
@@ -65,7 +41,7 @@ def test_every_stage_is_one_process(
     base: Path, data: Path, single: dict[str, Path], tmp_path: Path,
     method: str, stage: int, count: int,
 ) -> None:  # fmt: skip
-    start(count, command(base, data, tmp_path / "out", method, count, *zero(stage)))
+    started(count, method_command(base, data, tmp_path / "out", method, count, *zero(stage)))
     assert_same_losses(steps_of(single[method]), steps_of(tmp_path / "out"))
     assert (tmp_path / "out" / "best_model.pt").is_file()
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
@@ -77,17 +53,17 @@ def test_every_stage_is_one_process(
 def test_a_stopped_run_goes_on_with_another_number_of_processes_and_then_alone(
     base: Path, data: Path, single: dict[str, Path], tmp_path: Path, method: str, stage: int
 ) -> None:
-    arguments = command(base, data, tmp_path / "out", method, 2, *zero(stage))
-    start(2, arguments, code=143, faults={0: "train.step:terminate@2"})
-    start(4, [*arguments, "--resume", "auto"], code=143, faults={0: "train.step:terminate@2"})
-    assert run([*command(base, data, tmp_path / "out", method, 2), "--resume", "auto"]) == 0
+    arguments = method_command(base, data, tmp_path / "out", method, 2, *zero(stage))
+    started(2, arguments, code=143, faults={0: "train.step:terminate@2"})
+    started(4, [*arguments, "--resume", "auto"], code=143, faults={0: "train.step:terminate@2"})
+    assert run([*method_command(base, data, tmp_path / "out", method, 2), "--resume", "auto"]) == 0
     assert_same_losses(steps_of(single[method]), steps_of(tmp_path / "out"))
 
 
 @pytest.mark.slow
 @needs_deepspeed
 def test_not_finite_ends_all(base: Path, data: Path, tmp_path: Path) -> None:
-    arguments = command(base, data, tmp_path / "nan", "lora", 2, *zero(2))
+    arguments = method_command(base, data, tmp_path / "nan", "lora", 2, *zero(2))
     results = launch(2, arguments, faults={1: "train.loss:nan@2"})
     assert [code for code, _ in results] == [6, 6], results
     assert sum("Not finite" in error for _, error in results) == 1

@@ -30,7 +30,6 @@ from tests.run_helpers import (
     steps_of,
     tiny_base,
     train_command,
-    write_records,
 )
 from tests.tiny_models import ascii_vocabulary
 
@@ -44,11 +43,6 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twice as wide, other weights, the same vocabulary."""
     return tiny_base(tmp_path_factory.mktemp("teacher"), hidden_size=128, seed=7)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=8, validation=2, test=0)
 
 
 def distil(student: Path, teacher: Path, data: Path, output: Path, *more: str) -> list[str]:

@@ -14,20 +14,10 @@ from ollatune.modeling.load import load_base_model
 from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters
 from ollatune.modeling.memory import Rows, estimate_memory, model_sizes, weights_bytes
 from ollatune.training import estimate as estimate_module
-from tests.run_helpers import run, tiny_base, train_command, write_records
+from tests.run_helpers import run, train_command
 from tests.tiny_models import tiny_gguf
 
 ROWS = Rows(1000, 400, 500, 200)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=8, validation=2, test=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "gemma3", "phi3", "mixtral"])

@@ -22,11 +22,10 @@ from ollatune.training.optimizer import build_optimizer
 from tests.run_helpers import (
     assert_same_weights,
     inject,
+    last,
     run,
     steps_of,
-    tiny_base,
     train_command,
-    write_records,
 )
 from tests.tiny_models import tiny_gguf
 
@@ -35,20 +34,6 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 FP16 = ("--set", "model.dtype=fp16", "--set", "model.quantization=none")
 NF4 = ("--set", "model.quantization=nf4")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=8, validation=2, test=0)
-
-
-def last(output: Path) -> Path:
-    return output / "checkpoints" / "epoch_2.pt"
 
 
 def dtypes(value: Any) -> set[str]:

@@ -24,22 +24,11 @@ from tests.run_helpers import (
     inject,
     run,
     steps_of,
-    tiny_base,
     train_command,
     write_records,
 )
 
 AUTO = ("--set", "training.batch_size=auto")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=8, validation=2, test=0)
 
 
 def auto_command(base: Path, data: Path, output: Path, *more: str) -> list[str]:

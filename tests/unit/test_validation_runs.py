@@ -10,12 +10,7 @@ import pytest
 
 from ollatune.checkpoint.format import read_checkpoint
 from ollatune.training.stopping import OverfittingWatch
-from tests.run_helpers import run, tiny_base, train_command
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
+from tests.run_helpers import run, train_command
 
 
 @pytest.fixture(scope="module")
