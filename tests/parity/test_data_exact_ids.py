@@ -22,7 +22,7 @@ from ollatune.data.render import Renderer
 from ollatune.data.store import Example
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.tokenizer import GGUFTokenizer
-from ollatune.templates import ChatTemplate, Message
+from ollatune.templates import ChatTemplate, Message, load_chat_template, to_go_template
 from tests.parity.test_template_parity import CONVERSATIONS, ODD, by_transformers, template_of
 from tests.reference_tokenizers import ReferenceTokenizer, reference_tokenizer, smollm2_tokenizer
 from tests.vocab_metadata import vocab_metadata
@@ -179,6 +179,40 @@ def assert_is(
         assert not example.is_target[0]
 
 
+def hold_all(
+    family: Family,
+    template: ChatTemplate,
+    renderer: Renderer,
+    targets: Targets,
+    reference: ReferenceTokenizer,
+) -> tuple[int, int]:
+    """Hold every conversation to `template` as Transformers renders it, which may be another than the renderer's.
+
+    Returns how many there were, and how many examples have a token that prompt and answer would share.
+    """
+    num_conversations = num_joined = 0
+    is_go = renderer.template is not template
+    for messages in FINISHED:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        sample = RecordReader(system=None)(Record({"messages": turns}, WHERE))
+        examples = expected_examples(family, template, messages, targets)
+        if examples is None:
+            if not is_go:  # Ollama's templates refuse nothing
+                with pytest.raises(RecordError, match="cannot render this record"):
+                    renderer(sample, WHERE)
+            continue
+        for rendered, pieces in zip(renderer(sample, WHERE), examples, strict=True):
+            if is_go:
+                pieces = pieces[
+                    :-1
+                ]  # Go templates write prompts only: nothing follows a last answer
+            ids, is_whole = reference.encode_pieces([text for text, _ in pieces])
+            assert_is(rendered.example, family, pieces, ids)
+            num_joined += not is_whole
+        num_conversations += 1
+    return num_conversations, num_joined
+
+
 @pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_ids_mask_bos_and_end_are_those_of_the_reference(
     name: str, request: pytest.FixtureRequest
@@ -187,25 +221,33 @@ def test_ids_mask_bos_and_end_are_those_of_the_reference(
     tokenizer, reference = tokenizers_of(family, request)
     assert reference.id_of(family.end) == family.end_id
     assert tokenizer.add_bos == (family.bos_id is not None)
-    num_conversations = {"all": 0, "last": 0}
-    num_joined = 0
+    targets: Targets
     for targets in ("all", "last"):
         renderer = Renderer(tokenizer, template, max_length=8192, targets=targets)
-        for messages in FINISHED:
-            turns = [{"role": message.role, "content": message.content} for message in messages]
-            sample = RecordReader(system=None)(Record({"messages": turns}, WHERE))
-            examples = expected_examples(family, template, messages, targets)
-            if examples is None:
-                with pytest.raises(RecordError, match="cannot render this record"):
-                    renderer(sample, WHERE)
-                continue
-            for rendered, pieces in zip(renderer(sample, WHERE), examples, strict=True):
-                ids, is_whole = reference.encode_pieces([text for text, _ in pieces])
-                assert_is(rendered.example, family, pieces, ids)
-                num_joined += targets == "all" and not is_whole
-            num_conversations[targets] += 1
-    assert min(num_conversations.values()) >= 20
-    assert num_joined == family.num_joined
+        found = hold_all(family, template, renderer, targets, reference)
+        assert found[0] >= 20
+        if targets == "all":
+            assert found[1] == family.num_joined
+
+
+@pytest.mark.parametrize("name", [case for case in EVERY_FAMILY if case.values != ("qwen3",)])
+def test_a_template_of_ollama_gives_the_same_examples(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    """Of Qwen 3 they differ: there the Jinja template alone writes an empty thought into an answer without one."""
+    family, template = FAMILIES[name], template_of(name)
+    tokenizer, reference = tokenizers_of(family, request)
+    go = load_chat_template(
+        go_text=to_go_template(template).text,
+        bos_text=template.bos_text,
+        eos_text=template.eos_text,
+        adds_bos=template.adds_bos,
+    )
+    targets: Targets
+    for targets in ("all", "last"):
+        renderer = Renderer(tokenizer, go, max_length=8192, targets=targets)
+        num_conversations, _ = hold_all(family, template, renderer, targets, reference)
+        assert num_conversations >= 20
 
 
 def _shifted(example: Example) -> Example:
