@@ -88,9 +88,16 @@ def measure(what: Measurement, python: Path, folder: Path) -> dict[str, Any]:
 
 
 def collect(
-    plan: tuple[Measurement, ...], rounds: int, folder: Path, say: Callable[[str], None]
+    plan: tuple[Measurement, ...],
+    rounds: int,
+    folder: Path,
+    say: Callable[[str], None],
+    keep: Callable[[Measurement, list[dict[str, Any]]], None] = lambda what, found: None,
 ) -> tuple[dict[Measurement, list[dict[str, Any]]], dict[str, str]]:
-    """Every measurement once a round, in turn; and what could not be measured, with the reason."""
+    """Every measurement once a round, in turn; and what could not be measured, with the reason.
+
+    `keep` is called after each with all its results so far.
+    """
     pythons: dict[str, Path] = {}
     missing: dict[str, str] = {}
     for environment in sorted({what.environment for what in plan if what.environment}):
@@ -115,6 +122,7 @@ def collect(
                 say(f"{name} failed: {error}")
                 continue
             results.setdefault(what, []).append(found)
+            keep(what, results[what])
             say(
                 f"round {index + 1}: {name}: {found['tokens_per_second']:.1f} tokens/s, {found['peak_mb']} MB"
             )
@@ -225,8 +233,15 @@ def main() -> int:
     folder = frozen_inputs()
     plan = PLAN + (MORE_SETTINGS if options.all_settings else ())
     plan = tuple(what for what in plan if _is_wanted(what, options.only))
-    results, missing = collect(plan, options.rounds, folder, say)
-    result: dict[str, Any] = describe(folder) | {
+    described = describe(folder)
+
+    def keep(what: Measurement, found: list[dict[str, Any]]) -> None:
+        if options.save:  # what was measured stays where a later measurement is stopped
+            row = row_of(what, found, folder)
+            save(described | {"rows": [row], "not_measured": {}}, HERE / "results")
+
+    results, missing = collect(plan, options.rounds, folder, say, keep)
+    result: dict[str, Any] = described | {
         "rows": [row_of(what, found, folder) for what, found in results.items()],
         "not_measured": NOT_MEASURED | missing,
     }

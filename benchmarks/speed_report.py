@@ -257,7 +257,10 @@ def main() -> int:
     parser.add_argument("result", nargs="?", type=Path, help="default: the newest one")
     parser.add_argument("--write", action="store_true", help="into README.md and docs/speed.md")
     options = parser.parse_args()
-    result = json.loads((options.result or newest(HERE / "results")).read_text())
+    try:
+        result = json.loads((options.result or newest(HERE / "results")).read_text())
+    except FileNotFoundError as error:
+        parser.error(str(error))
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
         "README.md": block,
         "docs/speed.md": table,

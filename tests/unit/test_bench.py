@@ -141,6 +141,21 @@ def test_peers_result_is_the_scripts_object(tmp_path: Path) -> None:
         bench.measure_peers(tmp_path, rounds=2)
 
 
+def test_peers_text_has_every_row_and_what_is_missing() -> None:
+    figures = {"setting": "default", "peak_mb": 1100.0, "loss": 1.5}
+    rows = [
+        figures | {"system": "Other", "case": "mixed", "tokens_per_second": 400.0},
+        figures | {"system": "Ollatune", "case": "shared", "tokens_per_second": 5000.0},
+        figures | {"system": "Ollatune", "case": "mixed", "tokens_per_second": 1200.0},
+    ]
+    text = bench.bench_text(
+        {"rows": rows, "ratio_best_peer": 3.0, "not_measured": {"TRL": "no wheel"}}
+    ).splitlines()
+    assert [line.split()[0] for line in text[1:4]] == ["Ollatune", "Other", "Ollatune"]
+    assert text[1].split() == ["Ollatune", "default", "mixed", "1200", "1100", "1.5000"]
+    assert text[4:] == ["ratio_best_peer: 3.0", "not measured: TRL: no wheel"]
+
+
 def test_stopped_bench_does_not_speak_of_saved_state(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,12 +140,16 @@ def bench_text(result: dict[str, Any]) -> str:
 
 
 def _peers_text(result: dict[str, Any]) -> str:
-    lines = [f"{'system':24} {'setting':34} {'tokens/s':>9} {'MB':>7} {'loss':>8}"]
-    lines += [
-        f"{row['system']:24} {row['setting']:34} {row['tokens_per_second']:9.0f} {row['peak_mb']:7.0f} "
-        f"{row['loss']:8.4f}"
-        for row in result["rows"]
+    rows = sorted(result["rows"], key=lambda row: (row["case"], -row["tokens_per_second"]))
+    lines = [
+        f"{'system':28} {'setting':26} {'batch':7} {'tokens/s':>9} {'MB':>7} {'loss':>8}",
+        *(
+            f"{row['system']:28} {row['setting']:26} {row['case']:7} {row['tokens_per_second']:9.0f} "
+            f"{row['peak_mb']:7.0f} {row['loss']:8.4f}"
+            for row in rows
+        ),
     ]
     wanted = ("ratio", "memory_", "ceiling_", "best_")
     lines += [f"{name}: {value}" for name, value in result.items() if name.startswith(wanted)]
+    lines += [f"not measured: {name}: {why}" for name, why in result["not_measured"].items()]
     return "\n".join(lines)
