@@ -60,7 +60,10 @@ def ensure(name: str) -> Path:
         return python_of(name)
     folder = cache_folder() / name
     print(f"Making the environment {folder} from {pins_of(name).name} ...", file=sys.stderr)
-    venv.EnvBuilder(with_pip=True).create(folder)
+    try:
+        venv.EnvBuilder(with_pip=True, clear=True, symlinks=os.name != "nt").create(folder)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NotInstallableError(f"no environment can be made in {folder}: {error}") from error
     for more in ([], ["--extra-index-url", _CPU_INDEX]):  # a local or mirrored CPU wheel first
         problem = _install(name, more)
         if problem is None:
@@ -101,7 +104,7 @@ def _cuda_build(planned: list[dict[str, Any]]) -> str | None:
 def _take_out_cuda_parts(name: str) -> None:
     """torchaudio does without its compiled part, but not with one that wants CUDA libraries; text needs none of it."""
     for folder in (cache_folder() / name).glob("[Ll]ib*/**/site-packages/torchaudio/lib"):
-        for part in folder.glob("_torchaudio*"):
+        for part in [*folder.glob("*.so"), *folder.glob("*.pyd")]:
             part.unlink(missing_ok=True)
 
 

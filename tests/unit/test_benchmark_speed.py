@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from benchmarks.growth_report import exponent, tables
 from benchmarks.growth_report import merge as merge_growth
-from benchmarks.peers.environments import _cuda_build, _digest, is_ready
+from benchmarks.peers.environments import (
+    _cuda_build,
+    _digest,
+    _take_out_cuda_parts,
+    is_ready,
+)
 from benchmarks.peers.frozen import Clock, Job, grouped, padded, report
 from benchmarks.speed import collect, row_of
 from benchmarks.speed_data import LENGTHS, batches, read_frozen, tokens_per_batch
@@ -177,6 +182,32 @@ def _result(**more: Any) -> dict[str, Any]:
         "not_measured": {"X": "why"}, "batches": {"quarter": "4 examples (234 in all)"},
         "ceiling_tokens_per_second": {"bf16": 1800.0, "fp32": 400.0},
     } | more  # fmt: skip
+
+
+def test_an_environment_that_cannot_be_made_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLATUNE_CACHE", str(tmp_path))
+    (tmp_path / "bench").write_text("in the way")
+    said: list[str] = []
+    results, missing = collect(
+        (Measurement(TRL, "a", "mixed", "x.py", "trl"),), 1, tmp_path, said.append
+    )
+    assert results == {}
+    assert "no environment can be made" in missing["trl"]
+
+
+def test_compiled_parts_of_torchaudio_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLATUNE_CACHE", str(tmp_path))
+    packages = tmp_path / "bench" / "x" / "lib" / "python3.11" / "site-packages"
+    kept = [packages / "torchaudio" / "lib" / "__init__.py", packages / "numpy" / "core.so"]
+    gone = packages / "torchaudio" / "lib" / "libtorchaudio.abi3.so"
+    for path in (*kept, gone):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    _take_out_cuda_parts("x")
+    assert all(path.exists() for path in kept)
+    assert not gone.exists()
 
 
 def test_saved_result_has_table_and_curves(tmp_path: Path) -> None:
