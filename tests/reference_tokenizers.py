@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class ReferenceTokenizer:
         return found, False
 
 
-@cache
+@lru_cache(maxsize=2)
 def reference_tokenizer(name: str) -> ReferenceTokenizer:
     """The reference for a vocabulary that `vocab_metadata` knows."""
     if name in HF_TOKENIZERS:
@@ -79,7 +79,7 @@ def reference_tokenizer(name: str) -> ReferenceTokenizer:
     return ReferenceTokenizer(_sentencepiece(metadata, strips_right=name == "ggml:phi-3"))
 
 
-@cache
+@lru_cache(maxsize=2)
 def smollm2_tokenizer(path: Path) -> ReferenceTokenizer:
     """SmolLM2's, from the tokens and merges in its GGUF file and the pre-tokenizer of its published tokenizer.json."""
     from ollatune.gguf.reader import GGUFFile
