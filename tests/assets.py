@@ -26,7 +26,8 @@ from pathlib import Path
 
 import pytest
 
-from ollatune.base.files import make_folder, sha256_file, user_cache_folder
+from ollatune.base.files import make_folder, sha256_file
+from ollatune.base.folders import user_cache_folder
 
 SDIST_REQUIREMENT = "llama-cpp-python==0.3.36"
 SDIST_FILE = "llama_cpp_python-0.3.36.tar.gz"

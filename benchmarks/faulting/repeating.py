@@ -26,6 +26,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "packed": ("packed", ()),
     "recomputed": ("lora", ("--set", "training.activation_checkpointing=true")),
     "dropout": ("lora", ("--set", "advanced.lora_dropout=0.3")),
+    "bf16": ("bf16", ("--set", "advanced.lora_dropout=0.3")),
+    "packed bf16": ("packed", ("--set", "model.dtype=bf16", "--set", "advanced.lora_dropout=0.3")),
 }
 DRIFT: tuple[tuple[str, str], ...] = (
     ("free", "training.keep_checkpoints=5"),

@@ -10,10 +10,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.faulting.world import SAVE_POINTS, World, start, wait
+from benchmarks.faulting.world import SAVE_POINTS, World, same, start, state_of, wait
 
 from ollatune.base.errors import InputError
-from ollatune.checkpoint.store import newest_checkpoint
+from ollatune.checkpoint.format import read_checkpoint
+from ollatune.checkpoint.store import load_checkpoint, newest_checkpoint
 from ollatune.training import checkpointing
 
 
@@ -43,6 +44,11 @@ def disk_full(world: World, attempt: int, rng: random.Random) -> str:
             )
         if code != 5:
             return f"exit code {code}, not 5"
+        said = (output / "log").read_text().splitlines()[-1]
+        newest = max(before, key=lambda name: read_checkpoint(output / "checkpoints" / name).step)
+        facts = ("Disk full while writing", str(output), " needed, ", " free.", newest)
+        if missing := [fact for fact in facts if fact not in said]:
+            return f"it does not say {missing}: {said}"
         if any(
             (output / "checkpoints" / n).read_bytes() != content for n, content in before.items()
         ):
@@ -81,15 +87,17 @@ def _ask_for_no_space() -> None:
 
 
 def bit_flips(world: World, attempt: int, rng: random.Random) -> str:
-    """One bit of the newest checkpoint is wrong: set aside, and the one before is taken."""
-    folder = world.new_output() / "checkpoints"
+    """One bit is wrong in the newest checkpoint, in the index, or in the best model: noticed, nothing is lost."""
+    output = world.new_output()
+    folder = output / "checkpoints"
     shutil.copytree(world.references["lora"] / "checkpoints", folder)
+    if attempt % 5 == 3:
+        return _flipped_index(folder, rng)
+    if attempt % 5 == 4:
+        return _flipped_best(world, output, rng)
     said: list[str] = []
     newest, _ = newest_checkpoint(folder, report=said.append)
-    content = bytearray(newest.read_bytes())
-    bit = rng.randrange(8 * len(content))
-    content[bit // 8] ^= 1 << bit % 8
-    newest.write_bytes(content)
+    bit = _flip(newest, rng)
     try:
         taken, _ = newest_checkpoint(folder, report=said.append)
     except InputError as error:
@@ -97,3 +105,34 @@ def bit_flips(world: World, attempt: int, rng: random.Random) -> str:
     if taken.name == newest.name or not said:
         return f"bit {bit} was not noticed"
     return "" if (folder / f"corrupt-{newest.name}").is_file() else "not set aside"
+
+
+def _flip(path: Path, rng: random.Random) -> int:
+    content = bytearray(path.read_bytes())
+    bit = rng.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    return bit
+
+
+def _flipped_index(folder: Path, rng: random.Random) -> str:
+    """It never makes another checkpoint the newest, nor a whole one count as damaged."""
+    newest, checkpoint = newest_checkpoint(folder)
+    bit = _flip(folder / "index.json", rng)
+    taken, again = newest_checkpoint(folder)
+    if taken != newest or not same(state_of(checkpoint), state_of(again)):
+        return f"bit {bit} of the index: {taken.name} is taken"
+    return "a whole checkpoint was set aside" if list(folder.glob("corrupt-*")) else ""
+
+
+def _flipped_best(world: World, output: Path, rng: random.Random) -> str:
+    """It is refused, or (a bit that means nothing) holds the same weights."""
+    source = world.references["lora"] / "best_model.pt"
+    best = Path(shutil.copy(source, output))
+    bit = _flip(best, rng)
+    try:
+        found = load_checkpoint(best)
+    except InputError:
+        return ""
+    whole = read_checkpoint(source)
+    return "" if same(found.as_dict(), whole.as_dict()) else f"bit {bit} of the best model"

@@ -23,6 +23,7 @@ METHODS = {
     "lora": [],
     "full": ["--set", "advanced.lora_enabled=false"],
     "packed": ["--set", "model.quantization=as-served"],
+    "bf16": ["--set", "model.dtype=bf16"],  # with the compiled kernels, where they can be had
 }
 SAVE_POINTS = (
     "save.before_best",
@@ -42,7 +43,7 @@ class World:
         self.data = write_records(folder / "data", train=8, validation=2, test=0)
         dense = tiny_base(folder / "dense")
         packed = tiny_base(folder / "packed", tensor_type="Q8_0")
-        self.bases = {"lora": dense, "full": dense, "packed": packed}
+        self.bases = {"lora": dense, "full": dense, "packed": packed, "bf16": dense}
         self.other_base = tiny_base(folder / "other", seed=5)
         self.other_data = write_records(folder / "other-data", train=9, validation=2, test=0)
         self.references: dict[str, Path] = {}
@@ -62,6 +63,11 @@ class World:
         path = self.folder / f"run{self._count}"
         path.mkdir()
         return path
+
+    def move(self, name: str) -> None:
+        """From now on outputs go into a folder of this name: a copy of this process goes on with its own."""
+        self.folder /= name
+        self.folder.mkdir()
 
     def command(self, method: str, output: Path, *more: str) -> list[str]:
         return train_command(

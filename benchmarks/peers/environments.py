@@ -15,7 +15,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from ollatune.base.files import user_cache_folder
+from ollatune.base.folders import user_cache_folder
 
 HERE = Path(__file__).resolve().parent
 _WITHOUT_DEPENDENCIES = ("llamafactory",)

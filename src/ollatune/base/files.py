@@ -183,15 +183,3 @@ def _process_is_alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def user_cache_folder() -> Path:
-    """Where downloaded weights and prepared data are kept: OLLATUNE_CACHE, or the system's cache folder."""
-    if configured := os.environ.get("OLLATUNE_CACHE"):
-        return Path(configured)
-    if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "ollatune" / "cache"
-    if (base := os.environ.get("XDG_CACHE_HOME")) is not None and base:
-        return Path(base) / "ollatune"
-    library = Path.home() / "Library" / "Caches"
-    return (library if library.is_dir() else Path.home() / ".cache") / "ollatune"

@@ -95,7 +95,7 @@ class CheckpointStore:
         """Write `checkpoint` as `name` (`epoch_2.pt`), update the index, then rotate. Raises StorageError."""
         make_folder(self.folder)
         path = self.folder / name
-        with staged_file(path) as stream:
+        with staged_file(path, needed_bytes=self.usual_bytes) as stream:
             sha256 = write_checkpoint(checkpoint, stream)
         return self._enter(_entry(checkpoint, path, sha256, path.stat().st_size))
 
@@ -106,6 +106,17 @@ class CheckpointStore:
         self._write_index()
         self._rotate()
         return self.folder / name
+
+    @property
+    def usual_bytes(self) -> int | None:
+        """What the checkpoint before took, as far as one is known."""
+        return self.entries[-1].size_bytes if self.entries else None
+
+    @property
+    def newest(self) -> Path | None:
+        """The checkpoint of the last step that was saved."""
+        last = max(self.entries, key=lambda entry: entry.step, default=None)
+        return None if last is None else self.folder / last.file
 
     def stage_shards(self, name: str) -> Path:
         """A staging folder for the parts of the sharded checkpoint `name`. Raises StorageError."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ollatune.base.errors import InputError
 from ollatune.base.files import refuse_unwritable
+from ollatune.base.folders import expanded
 from ollatune.base.imports import first_import_of
 from ollatune.config.load import ParsedYaml, load_config
 from ollatune.config.schema import Config, OutputConfig
@@ -149,7 +150,7 @@ def run_train(options: TrainOptions) -> dict[str, Any]:
 def check_inputs(config: Config) -> None:
     """What can be wrong before anything heavy is imported."""
     for source in config.data.sources:
-        if not Path(source.path).expanduser().exists():
+        if not expanded(source.path).exists():
             raise InputError(
                 f"There is no data at {source.path}.",
                 hint="Pass --data with a file or folder of records (JSONL, JSON, Parquet, CSV, text).",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ollatune.base.files import user_cache_folder
+from ollatune.base.folders import user_cache_folder
 from ollatune.base.log import get_logger
 from ollatune.base.text import format_bytes
 from ollatune.config.schema import DataConfig

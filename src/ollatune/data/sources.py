@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from ollatune.base.errors import InputError
+from ollatune.base.folders import expanded
 from ollatune.base.text import format_bytes, printable
 from ollatune.data.json_array import read_json
 from ollatune.data.jsonl import Reject, decode_line, read_jsonl
@@ -87,7 +88,7 @@ def find_files(path: str | Path) -> list[DataFile]:
     A single file belongs to no split, whatever its name; files of a folder do by their name or folder.
     """
     text = str(path)
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         mode_is_folder = path.is_dir()
         exists = os.path.lexists(path)

@@ -32,6 +32,7 @@ from ollatune.base.files import (
     write_json,
     write_text,
 )
+from ollatune.base.folders import home_folder
 from ollatune.base.text import did_you_mean
 from ollatune.export.release_notes import release_notes
 from ollatune.export.release_sources import (
@@ -296,11 +297,11 @@ def default_registry_folder() -> Path:
     if configured := os.environ.get("OLLATUNE_REGISTRY"):
         return Path(configured)
     if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "ollatune" / "registry"
+        return Path(os.environ.get("LOCALAPPDATA", home_folder())) / "ollatune" / "registry"
     if base := os.environ.get("XDG_DATA_HOME"):
         return Path(base) / "ollatune" / "registry"
-    library = Path.home() / "Library" / "Application Support"
-    shared = library if library.is_dir() else Path.home() / ".local" / "share"
+    library = home_folder() / "Library" / "Application Support"
+    shared = library if library.is_dir() else home_folder() / ".local" / "share"
     return shared / "ollatune" / "registry"
 
 

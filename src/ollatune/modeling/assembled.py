@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ollatune.base.errors import InputError
-from ollatune.base.files import STAGING_PREFIX, make_folder, storage_error, user_cache_folder
+from ollatune.base.files import STAGING_PREFIX, make_folder, storage_error
+from ollatune.base.folders import user_cache_folder
 from ollatune.base.log import get_logger
 from ollatune.gguf.codecs import quantize
 from ollatune.gguf.decode import decode_tensor

@@ -12,6 +12,7 @@ from typing import Any
 
 from ollatune.base.errors import InputError, StorageError, UsageError
 from ollatune.base.files import sha256_file
+from ollatune.base.folders import expanded
 from ollatune.base.log import get_logger
 from ollatune.catalog import load_catalog
 from ollatune.gguf.reader import GGUFFile
@@ -91,7 +92,7 @@ def resolve_base(
         embedded = find_embedded(name)
         return BaseSource(name, fetch_embedded(name), embedded.sha256, "embedded")
     if _looks_like_path(name):
-        return _from_file(Path(name).expanduser())
+        return _from_file(expanded(name))
     resolution = load_catalog().resolve(name)
     if resolution.notice:
         get_logger("modeling").info("%s", resolution.notice)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ollatune.base.errors import InputError, ServiceError, UsageError
-from ollatune.base.files import sha256_file, staged_file, user_cache_folder
+from ollatune.base.files import sha256_file, staged_file
+from ollatune.base.folders import user_cache_folder
 from ollatune.base.log import get_logger
 from ollatune.base.text import did_you_mean, format_bytes
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ollatune.base.errors import InputError, OllatuneError, StorageError
+from ollatune.base.folders import expanded, home_folder
 from ollatune.base.log import get_logger
 from ollatune.base.text import printable
 from ollatune.ollama.blobs import (
@@ -51,8 +52,8 @@ def store_roots(
     environment = os.environ if environment is None else environment
     roots: list[Path] = []
     if configured := environment.get("OLLAMA_MODELS", "").strip().strip("\"'"):
-        roots.append(Path(configured).expanduser())
-    roots.append((home or Path.home()) / ".ollama" / "models")
+        roots.append(expanded(configured))
+    roots.append((home or home_folder()) / ".ollama" / "models")
     if platform.startswith("linux"):
         roots.append(Path("/usr/share/ollama/.ollama/models"))
         roots.append(Path("/root/.ollama/models"))

@@ -126,7 +126,8 @@ class Saver:
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
-            raise storage_error(error, self.store.folder / name) from error
+            path = self.store.folder / name
+            raise storage_error(error, path, self.store.usual_bytes) from error
         get_logger("training").debug(
             "Saved %s%s.", self.store.folder / name, " (best so far)" if is_best else ""
         )
@@ -135,7 +136,7 @@ class Saver:
         best = make_checkpoint(run, self.identity, with_optimizer=False)
         fault_point("save.before_best")
         if run.processes.is_main:
-            with staged_file(self.best_path) as stream:
+            with staged_file(self.best_path, needed_bytes=self.store.usual_bytes) as stream:
                 write_checkpoint(best, stream)
 
     def _save_file(self, run: TrainingRun, name: str) -> None:

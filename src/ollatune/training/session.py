@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ollatune.base.errors import Interrupted, UsageError
+from ollatune.base.errors import Interrupted, StorageError, UsageError
 from ollatune.base.faults import fault_point
 from ollatune.base.files import require_writable
 from ollatune.base.log import add_log_file, configure_logging, get_logger, remove_log_file
@@ -146,9 +146,12 @@ class Session:
                 remove_log_file(handler)
 
     def _known(self, error: BaseException) -> Exception:
-        """A signal outside the loop as an error that says how to go on."""
+        """A signal outside the loop as an error that says how to go on; a failing disk with what is safe on it."""
         if not isinstance(error, StopSignal):
             assert isinstance(error, Exception)
+            newest = getattr(self, "store", None) and self.store.newest
+            if isinstance(error, StorageError) and newest and str(newest) not in error.hint:
+                error.hint += f" {newest} is whole: --resume auto goes on from it."
             return error
         has_saved = self.recorder is not None and self.run_state.state.last_saved_step > 0
         if self.resume_from is None and not has_saved:

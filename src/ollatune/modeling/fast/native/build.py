@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ollatune.base.files import user_cache_folder
+from ollatune.base.folders import user_cache_folder
 from ollatune.base.processor import processor_flags
 
 SOURCE = Path(__file__).with_name("kernels.c")
