@@ -36,13 +36,14 @@ from benchmarks.faulting import (
     storage,
 )
 from benchmarks.faulting.crash_points import CrashPoint, SaveUnderTrace, can_trace
-from benchmarks.faulting.world import World
+from benchmarks.faulting.world import NUM_STEPS, World
 
 from ollatune.checkpoint.format import read_checkpoint
 
 GOALS: dict[str, tuple[Callable[[World, int, random.Random], str], int]] = {
     "kill -9": (running.kill_anywhere, 40),
     "kill between file operations": (running.kill_between_operations, 60),
+    "stop at every step": (running.stop_at_every_step, 2 * NUM_STEPS),
     "disk full": (storage.disk_full, 20),
     "signals": (interrupting.signals, 50),
     "not finite": (running.not_finite, 30),

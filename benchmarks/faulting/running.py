@@ -28,10 +28,10 @@ from ollatune.checkpoint.format import read_checkpoint
 
 
 def kill_anywhere(world: World, attempt: int, rng: random.Random) -> str:
-    """SIGKILL at a random instant, or at a point inside the save; some runs are killed several times."""
+    """SIGKILL at a random instant, or at a point inside the save; every second run up to ten times."""
     method = list(METHODS)[attempt // 2 % len(METHODS)]
     output = world.new_output()
-    for _ in range(1 + attempt % 2):
+    for _ in range(10 if attempt % 2 else 1):
         checkpoints = list((output / "checkpoints").glob("*.pt"))
         flags = ["--resume", "auto"] if checkpoints else ["--overwrite"]
         command = world.command(method, output, *flags)
@@ -47,6 +47,19 @@ def kill_anywhere(world: World, attempt: int, rng: random.Random) -> str:
     else:
         return world.goes_on(method, output)
     return world.differs(method, output)
+
+
+def stop_at_every_step(world: World, attempt: int, rng: random.Random) -> str:
+    """Stopped after the k-th step and resumed, for every k: as if it had not been."""
+    method, number = ("lora", "bf16")[attempt // NUM_STEPS], attempt % NUM_STEPS + 1
+    output = world.new_output()
+    code = wait(start(world.command(method, output), faults=f"train.step:interrupt@{number}"))
+    if number == NUM_STEPS:  # the last step is the end
+        return f"exit code {code}" if code else world.differs(method, output)
+    if code != 130 or f"Stopped after step {number} of" not in (output / "log").read_text():
+        return f"step {number}: exit code {code}"
+    problem = world.goes_on(method, output)
+    return f"step {number}: {problem}" if problem else ""
 
 
 def kill_between_operations(world: World, attempt: int, rng: random.Random) -> str:

@@ -240,8 +240,8 @@ def test_a_half_written_line_of_metrics_is_repaired(
 def test_a_tenth_of_the_faults_benchmark() -> None:
     finished = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "faults.py")],
-        env=os.environ | {"FAULTS": "quick"}, capture_output=True, text=True, timeout=290, check=False,
+        env=os.environ | {"FAULTS": "quick"}, capture_output=True, text=True, timeout=590, check=False,
     )  # fmt: skip
     results = json.loads(finished.stdout.splitlines()[-1])
     assert {goal: result["failed"] for goal, result in results.items()} == dict.fromkeys(results, 0)
-    assert len(results) in (12, 14)  # without and with strace
+    assert len(results) in (17, 19)  # without and with strace
