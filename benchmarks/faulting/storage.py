@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import resource
 import shutil
@@ -88,6 +89,7 @@ def _ask_for_no_space() -> None:
 
 def bit_flips(world: World, attempt: int, rng: random.Random) -> str:
     """One bit is wrong in the newest checkpoint, in the index, or in the best model: noticed, nothing is lost."""
+    logging.disable(logging.WARNING)  # what is damaged is said, forty times
     output = world.new_output()
     folder = output / "checkpoints"
     shutil.copytree(world.references["lora"] / "checkpoints", folder)
