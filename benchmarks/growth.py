@@ -134,7 +134,7 @@ def data_row(num_records: int, folder: Path, steps: int = 4) -> dict[str, Any]:
 
 def empty_cache(folder: Path) -> Path:
     """A user cache without prepared data, with the weights and compiled kernels of the real one."""
-    from ollatune.base.files import user_cache_folder
+    from ollatune.base.folders import user_cache_folder
     from ollatune.modeling.embedded import fetch_embedded
 
     fetch_embedded(_MODEL.removeprefix("embedded:"))
