@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import pwd
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,14 @@ from ollatune.base.folders import expanded, home_folder, user_cache_folder
 from ollatune.data.sources import find_files
 from ollatune.ollama.store import store_roots
 
+pwd = pytest.importorskip("pwd")
+
 
 @pytest.fixture
-def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A user who is in no list of users, as in containers that are given any number; its temporary files' folder."""
 
-    def nobody(number: int) -> pwd.struct_passwd:
+    def nobody(number: int) -> Any:
         raise KeyError(number)
 
     monkeypatch.setattr(pwd, "getpwuid", nobody)

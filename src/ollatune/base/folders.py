@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,8 @@ def home_folder() -> Path:
 @lru_cache(maxsize=1)
 def _own_temporary_folder() -> Path:
     """The same one for all processes of this user, unless somebody else has put something there: programs lie in it."""
+    if sys.platform == "win32":  # where the folder of temporary files is the user's own
+        return Path(tempfile.gettempdir()) / "ollatune"
     path = Path(tempfile.gettempdir()) / f"ollatune-{os.getuid()}"
     try:
         path.mkdir(mode=0o700, exist_ok=True)
