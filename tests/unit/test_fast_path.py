@@ -14,8 +14,8 @@ from ollatune.gguf.reader import GGUFFile
 from ollatune.modeling.fast.decoder import is_supported
 from ollatune.modeling.fast.forward import CausalStep, PackedRow
 from ollatune.modeling.fast.loss import HeadSettings, head_evaluate, head_loss_sum
-from ollatune.modeling.fast.segments import MIN_SHARED_TOKENS, lay_out
-from ollatune.modeling.load import load_base_model
+from ollatune.modeling.fast.segments import MIN_SHARED_TOKENS, Segment, lay_out
+from ollatune.modeling.load import Mode, load_base_model
 from ollatune.modeling.lora import LoRASettings, inject_lora, lora_layers, trainable_parameters
 from tests.tiny_models import tiny_gguf
 
@@ -145,6 +145,26 @@ def test_packed_row_equals_one_by_one(tmp_path: Path) -> None:
         alone += float(step.loss_sum(row).detach())
         offset += segment.length
     assert total == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_a_row_of_one_token(mode: Mode, tmp_path: Path) -> None:
+    """What a process without examples computes for the sake of the others; nothing is fused in packed layers."""
+    model: nn.Module = load_base_model(
+        GGUFFile.open(tiny_gguf("llama", tmp_path, tensor_type="Q8_0")), mode=mode
+    )
+    inject_lora(model, LoRASettings(4, 8.0, 0.0), seed=3)
+    zero = torch.zeros(1, dtype=torch.int64)
+    row = PackedRow(zero + 5, zero, [Segment(0, 1)], zero, zero + 7, 1)
+    losses, gradients = [], []
+    for fast in (False, True):
+        model.zero_grad()
+        loss = CausalStep(model.train(), use_fast_path=fast).loss_sum(row)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad for _, p in trainable_parameters(model) if p.grad is not None])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 def test_dora_takes_the_plain_path(tmp_path: Path) -> None:

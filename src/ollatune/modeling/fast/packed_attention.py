@@ -161,9 +161,10 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def _grouped(tensor_TO: Tensor, num_groups: int, shape: AttentionShape) -> Tensor:
-    """[T, G·R·D] → [G, R, T, D], contiguous."""
+    """[T, G·R·D] → [G, R, T, D], contiguous, always a copy: of a single token it would be a view otherwise."""
     length = tensor_TO.shape[0]
-    return tensor_TO.view(length, num_groups, -1, shape.head_size).permute(1, 2, 0, 3).contiguous()
+    grouped = tensor_TO.view(length, num_groups, -1, shape.head_size).permute(1, 2, 0, 3)
+    return grouped.clone(memory_format=torch.contiguous_format)
 
 
 def _ungrouped(tensor_GRTD: Tensor) -> Tensor:
