@@ -26,7 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the folder has a fi
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
-from benchmarks.results import result_path, save  # noqa: E402
+from benchmarks.results import save, with_earlier  # noqa: E402
 from benchmarks.shaped_models import SHAPES, write_shaped_model  # noqa: E402
 
 MODES = ("packed", "bf16", "fp32")
@@ -138,15 +138,6 @@ def result_of(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict
     return {"rows": rows, "tokens_per_step": arguments.tokens, "cpus": os.cpu_count()}
 
 
-def with_earlier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`rows`, and today's saved ones of other shapes and modes, in the table's order."""
-    path = result_path("memory")
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    by_place = {(row["shape"], row["mode"]): row for row in [*earlier, *rows]}
-    places = [(shape, mode) for shape in SHAPES for mode in MODES]
-    return [by_place[place] for place in places if place in by_place]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -183,7 +174,9 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr)
                 if arguments.save:
-                    save("memory", result_of(with_earlier(rows), arguments))
+                    places = [(shape, mode) for shape in SHAPES for mode in MODES]
+                    together = with_earlier("memory", rows, ("shape", "mode"), places)
+                    save("memory", result_of(together, arguments))
     if arguments.json:
         print(json.dumps(result_of(rows, arguments)))
         return

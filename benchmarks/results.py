@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ def save(name: str, result: dict[str, Any]) -> Path:
     content = {"benchmark": name, "date": path.name[:10], "machine": machine(), **result}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def with_earlier(
+    name: str, rows: list[dict[str, Any]], keys: Sequence[str], order: Iterable[tuple[str, ...]]
+) -> list[dict[str, Any]]:
+    """`rows`, and those that today's saved result has under other `keys`, in the table's `order`."""
+    path = result_path(name)
+    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    found = {tuple(row[key] for key in keys): row for row in [*earlier, *rows]}
+    return [found[place] for place in order if place in found]
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -41,6 +41,7 @@ def run_bench(options: BenchOptions) -> dict[str, Any]:
 def _measure(config: Any, options: BenchOptions) -> dict[str, Any]:
     from ollatune.commands.remote import remote_finder
     from ollatune.modeling.base import check_family, resolve_base
+    from ollatune.modeling.compiled import require_compiler
     from ollatune.modeling.opened import open_base
     from ollatune.training.build import build_run, load_data
     from ollatune.training.distributed import Processes
@@ -57,6 +58,8 @@ def _measure(config: Any, options: BenchOptions) -> dict[str, Any]:
     from ollatune.training.teaching import open_teacher
 
     device = choose_device()
+    if config.training.torch_compile:
+        require_compiler(device)
     num_threads = configure_threads()
     dtype, reason = choose_dtype(config.model.dtype, device)
     native = config.training.native_kernels

@@ -119,6 +119,13 @@ class TrainingConfig(Section):
             "False uses torch operators."
         ),
     )
+    torch_compile: bool = Field(
+        False,
+        description=(
+            "Run Transformers' own layers, compiled by torch.compile, instead of the fused step: dense weights only, "
+            "needs a C++ compiler (Triton on a GPU), takes up to a minute or two to compile."
+        ),
+    )
     seed: int = Field(
         42, ge=0, le=2**32 - 1, description="Seed of Python, NumPy, torch and data order."
     )

@@ -145,17 +145,26 @@ class LoRALinear(nn.Module):
         dropped: Tensor | None = None
         if self.dropout > 0 and self.training:
             dropped = functional.dropout(inputs, self.dropout)
-        output = cast(
-            Tensor,
-            cast(Any, _LoRAFunction).apply(
-                inputs, dropped, self.lora_A, self.lora_B, self.scale, self.base
-            ),
-        )
+        if torch.compiler.is_compiling():
+            output = self._plain(inputs if dropped is None else dropped, inputs)
+        else:
+            output = cast(
+                Tensor,
+                cast(Any, _LoRAFunction).apply(
+                    inputs, dropped, self.lora_A, self.lora_B, self.scale, self.base
+                ),
+            )
         if self.lora_magnitude is None:
             return output
         bias = getattr(self.base, "bias", None)
         gain_O = (self.lora_magnitude / self._merged_norms()).to(output.dtype)
         return output * gain_O if bias is None else (output - bias) * gain_O + bias
+
+    def _plain(self, lora_inputs: Tensor, inputs: Tensor) -> Tensor:
+        """What `_LoRAFunction` computes, in operators that torch's compiler knows."""
+        A, B = self.lora_A.to(inputs.dtype), self.lora_B.to(inputs.dtype)
+        low = functional.linear(functional.linear(lora_inputs, A), B)
+        return torch.add(frozen_forward(self.base, inputs), low, alpha=self.scale)
 
     @torch.no_grad()
     def _merged_norms(self) -> Tensor:

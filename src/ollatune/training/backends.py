@@ -39,11 +39,18 @@ def require_backend(config: Config, *, distributed: bool) -> None:
             f"model.quantization: nf4 does not work with distributed.backend: {backend}.",
             hint="Use as-served (every process reads the same packed file), or distributed.backend: ddp.",
         )
+    if backend == "deepspeed" and training.torch_compile:
+        raise UsageError(
+            "training.torch_compile does not work with DeepSpeed, which takes hold of the layers itself.",
+            hint="Use distributed.backend: fsdp or ddp.",
+        )
     if training.optimizer in _NOT_SHARDED:
         raise UsageError(
             f"training.optimizer: {training.optimizer} does not work on sharded weights.",
             hint="Use adamw, adam or sgd, or distributed.backend: ddp.",
         )
+    if backend == "deepspeed" and config.model.dtype == "fp16":
+        raise _no_fp16()
     if backend == "deepspeed" and training.on_non_finite != "stop":
         raise UsageError(
             f"training.on_non_finite: {training.on_non_finite} does not work with DeepSpeed: "
@@ -53,12 +60,16 @@ def require_backend(config: Config, *, distributed: bool) -> None:
 
 
 def require_dtype(config: Config, dtype: str, processes: Processes) -> None:
-    """Raise UsageError for fp16 where its gradients are out of reach."""
+    """Raise UsageError for fp16 where its gradients are out of reach, also where a resumed run brought it along."""
     if dtype == "fp16" and processes.count > 1 and config.distributed.backend == "deepspeed":
-        raise UsageError(
-            "model.dtype: fp16 does not work with distributed.backend: deepspeed: its loss scaling is another one.",
-            hint="Use bf16 or fp32, or distributed.backend: fsdp.",
-        )
+        raise _no_fp16()
+
+
+def _no_fp16() -> UsageError:
+    return UsageError(
+        "model.dtype: fp16 does not work with distributed.backend: deepspeed: its loss scaling is another one.",
+        hint="Use bf16 or fp32, or distributed.backend: fsdp.",
+    )
 
 
 def shards_weights(config: Config, processes: Processes) -> bool:

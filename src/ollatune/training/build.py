@@ -19,6 +19,7 @@ from ollatune.data.dataset import load_dataset
 from ollatune.data.load import DatasetSplits, make_order
 from ollatune.data.loader import BatchLoader, LoaderSettings, evaluation_batches
 from ollatune.data.progress import BuildBar
+from ollatune.modeling.compiled import compile_layers, warm_up
 from ollatune.modeling.fast.decoder import is_supported
 from ollatune.modeling.load import Mode, load_base_model
 from ollatune.modeling.lora import (
@@ -116,13 +117,16 @@ def build_model(
     else:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-    if config.training.activation_checkpointing and not uses_fast_path(config, model):
+    training = config.training
+    if training.torch_compile:
+        compile_layers(model, recompute=training.activation_checkpointing)
+    elif training.activation_checkpointing and not uses_fast_path(config, model):
         _recompute_activations(model)
     return model
 
 
 def _without_fast_path(config: Config) -> Config:
-    """It goes past the modules' own forward passes, in which a backend gathers sharded weights."""
+    """It goes past the modules' own forward passes: those are compiled, and in them a backend gathers its weights."""
     training = config.training.model_copy(update={"fast_path": False})
     return config.model_copy(update={"training": training})
 
@@ -238,8 +242,10 @@ def build_run(
     seed_everything(config.training.seed, deterministic=config.training.deterministic)
     share, device = sharing_class(config, processes), placement.device
     require_dtype(config, placement.dtype, processes)
-    if shards_weights(config, processes):
+    is_sharded, compiles = shards_weights(config, processes), config.training.torch_compile
+    if is_sharded or compiles:
         config = _without_fast_path(config)
+    if is_sharded:
         device = torch.device("cpu")  # a whole model may not fit anywhere else
     model = build_model(config, base, dtype=placement.dtype, mode=placement.mode, device=device)
     parameters = trainable_parameters(model)
@@ -251,21 +257,23 @@ def build_run(
     step_function = make_step_function(config, model, placement, teacher)
     trained = [parameter for _, parameter in parameters]
     loader = make_loader(config, splits, processes, plan)
+    if compiles and not is_sharded:
+        warm_up(step_function, trained)
     if plan is None and config.training.batch_size == "auto":
         plan = probed_plan(
             configured_plan(config), step_function, loader, trained, processes
         )  # fmt: skip
         loader = make_loader(config, splits, processes, plan)
     num_steps = total_steps(config, loader)
+    sharing = share(
+        step_function, parameters, partial(build_optimizer, settings=config.training), processes,
+        config,
+    )  # fmt: skip
+    if compiles and is_sharded:
+        warm_up(sharing.step_function, sharing.parameters)
     return TrainingRun(
         config=config,
-        sharing=share(
-            step_function,
-            parameters,
-            partial(build_optimizer, settings=config.training),
-            processes,
-            config,
-        ),
+        sharing=sharing,
         schedule=make_schedule(config, num_steps),
         loader=loader,
         state=RunState(),

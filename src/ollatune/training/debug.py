@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ollatune.base.log import get_logger
 from ollatune.data.batching import IGNORED
+from ollatune.modeling.compiled import uncompiled
 from ollatune.modeling.fast.forward import CausalStep, evaluation_mode
 from ollatune.training.loop import TrainingRun
 from ollatune.training.rows import row_of
@@ -81,7 +82,7 @@ def module_lines(model: nn.Module, compute: Callable[[CausalStep], Tensor]) -> I
         if name
     ]
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model), uncompiled():
             compute(CausalStep(model, use_fast_path=False))
     finally:
         for handle in handles:

@@ -41,14 +41,15 @@ def segment_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    segment_lengths: list[int] | None = None,
+    segment_lengths: list[int] | Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment.
 
     Args:
         query: [1, H, T, D]; key, value: [1, G, T, D] with H a multiple of G.
-        segment_lengths: lengths of the segments, sum T; None is one segment.
+        segment_lengths: lengths of the segments, sum T; None is one segment; a tensor in a compiled layer, which the
+            attention interrupts.
         sliding_window: a position sees this many positions including itself.
         softcap: scores become softcap · tanh(scores / softcap).
 
@@ -62,11 +63,28 @@ def segment_attention(
         "softcap": softcap,
         "dropout": dropout,
     }
+    if isinstance(segment_lengths, Tensor):
+        with torch._dynamo.error_on_graph_break(False):
+            return _uncompiled(query, key, value, segment_lengths, settings), None
     if segment_lengths is None or len(segment_lengths) == 1:
         return attend(query, key, value, **settings).transpose(1, 2), None
-    parts = (torch.split(tensor, segment_lengths, 2) for tensor in (query, key, value))
+    return _attend_segments(query, key, value, segment_lengths, settings), None
+
+
+def _attend_segments(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], settings: dict[str, Any]
+) -> Tensor:
+    parts = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
     pieces = [attend(q, k, v, **settings) for q, k, v in zip(*parts, strict=True)]
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, settings: dict[str, Any]
+) -> Tensor:
+    """Segments are data to the compiler, not shapes: it would compile again for every number and length of them."""
+    return _attend_segments(query, key, value, lengths.tolist(), settings)
 
 
 def attend(
