@@ -30,7 +30,7 @@ PHASES = (
     ("tokenizer", "ollatune.modeling.opened", "GGUFTokenizer.from_metadata"),
     ("chat template", "ollatune.modeling.opened", "chat_template"),
     ("data", "ollatune.training.session", "load_data"),
-    ("data digest", "ollatune.training.session", "data_digest"),
+    ("data digest", "ollatune.training.identity", "data_digest"),
     ("model", "ollatune.training.build", "load_base_model"),
     ("weights", "ollatune.modeling.load", "_fill_parameters"),
     ("adapter", "ollatune.training.build", "inject_lora"),

@@ -25,8 +25,9 @@ from ollatune.base.errors import InputError, StorageError
 from ollatune.checkpoint.format import Checkpoint, read_checkpoint
 from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
 from ollatune.training import checkpointing
-from ollatune.training.checkpointing import Identity, Saver
+from ollatune.training.checkpointing import Saver
 from ollatune.training.distributed import Processes
+from ollatune.training.identity import Identity
 
 WRITING = ("openat", "mkdir", "write", "pwrite64", "ftruncate", "fsync", "rename", "unlink")
 _STORAGE, _LEFT = StorageError.exit_code, 0

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.estimates import measure
 
+from ollatune.base.text import format_bytes
 from ollatune.config.schema import Config
 from ollatune.gguf.reader import GGUFFile
 from ollatune.modeling.load import load_base_model
 from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters
 from ollatune.modeling.memory import Rows, estimate_memory, model_sizes, weights_bytes
+from ollatune.training import advice, disk, durations
 from ollatune.training import estimate as estimate_module
 from tests.run_helpers import run, train_command
 from tests.tiny_models import tiny_gguf
@@ -120,8 +123,8 @@ def test_a_smaller_model_of_the_catalog(base: Path) -> None:
     from ollatune.modeling.opened import open_base
 
     opened = open_base(resolve_base(str(base)))
-    assert estimate_module.smaller_model(opened, 1 << 20, 8) is None
-    small, large = (estimate_module.smaller_model(opened, n << 30, 8) for n in (4, 64))
+    assert advice.smaller_model(opened, 1 << 20, 8) is None
+    small, large = (advice.smaller_model(opened, n << 30, 8) for n in (4, 64))
     assert small is not None
     assert large is not None
     assert small != large
@@ -140,8 +143,53 @@ def test_training_says_beforehand_that_it_will_not_fit(
     assert "activation_checkpointing" in shown
 
 
+@pytest.mark.parametrize("in_one_place", [True, False])
+def test_a_run_without_room_for_its_checkpoints_and_export_does_not_begin(
+    base: Path, data: Path, tmp_path: Path, in_one_place: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Both are counted, together where they lie on one file system, and both are named."""
+    with GGUFFile.open(base) as gguf:
+        needs = disk.disk_bytes(Config(), model_sizes(gguf, Config()))
+        assert needs["export"] >= sum(t.size_bytes for t in gguf.tensors.values())
+    assert needs["checkpoints"] > needs["export"] > 0
+    room = sum(needs.values()) if in_one_place else needs["checkpoints"]
+    if not in_one_place:
+        monkeypatch.setattr(disk, "_on_one_device", lambda *folders: False)
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: room - 1)
+    assert run(train_command(base, data, tmp_path / "out")) == 5
+    said = capsys.readouterr().err
+    assert "checkpoints" in said
+    assert ("model.gguf" in said) == in_one_place
+    assert f"{format_bytes(room)} there" in said
+    assert not (tmp_path / "out" / "run.json").exists()
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: room)
+    assert run(train_command(base, data, tmp_path / "out", "--max-steps", "1")) == 0
+
+
+def test_checkpoints_that_are_there_are_room_for_a_resumed_run(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with GGUFFile.open(base) as gguf:
+        needs = disk.disk_bytes(Config(), model_sizes(gguf, Config()))
+    command = train_command(base, data, tmp_path / "out", "--resume", "auto")
+    assert run(train_command(base, data, tmp_path / "out", "--max-steps", "1")) == 0
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: sum(needs.values()) - 1)
+    assert run(command) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.parametrize("case", ["adapter fp32", "all weights fp32"])
+def test_the_estimate_is_near_the_peak_of_a_real_run(case: str) -> None:
+    """Of the embedded model: what was said before the run is within 20 % of what its process came to hold."""
+    row = measure(case, words=60, batch_size=4)
+    assert row["measured_mb"] > 500
+    assert 0.8 < row["memory_ratio"] < 1.2, row
+
+
 def test_speeds_are_measured() -> None:
     from ollatune.training.placement import Placement
 
-    flops = estimate_module.measured_flops(Placement(torch.device("cpu"), "fp32", "dense"))
+    flops = durations.measured_flops(Placement(torch.device("cpu"), "fp32", "dense"))
     assert 1e8 < flops < 1e15

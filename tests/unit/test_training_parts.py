@@ -13,7 +13,7 @@ from transformers import get_scheduler
 from ollatune.checkpoint.format import Checkpoint, read_checkpoint
 from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
 from ollatune.config.schema import Config, TrainingConfig
-from ollatune.training.checkpointing import classify_changes
+from ollatune.training.changes import classify_changes
 from ollatune.training.optimizer import build_optimizer, set_learning_rate
 from ollatune.training.schedule import Schedule, ScheduleName
 from ollatune.training.state import random_states, restore_random_states, seed_everything, seed_step

@@ -169,7 +169,7 @@ def estimate_memory(
     weights = weights_bytes(sizes, mode=mode, dtype="fp32" if is_full else dtype)
     decoding = _DECODE_BYTES if mode != "dense" else 0
     own = 0 if is_full else 4 * sizes.trained  # an adapter's weights; all weights are the base's
-    moments = int(4 * _MOMENTS[config.training.optimizer] * sizes.trained)
+    moments = _moment_bytes(sizes, config)
     gradients = 4 * sizes.trained
     activations = _activation_bytes(
         sizes,
@@ -204,8 +204,16 @@ def estimate_memory(
         "checkpoint": resident + trained + gradients,
         "finish": resident + trained + gradients + 8 * sizes.trained,
     }  # fmt: skip
-    checkpoint = 4 * sizes.trained + moments + (1 << 20)
-    return MemoryEstimate(parts, phases, sizes, checkpoint)
+    return MemoryEstimate(parts, phases, sizes, checkpoint_bytes(sizes, config))
+
+
+def checkpoint_bytes(sizes: ModelSizes, config: Config) -> int:
+    """Size of one checkpoint: what is trained, in fp32, and the optimiser's state."""
+    return 4 * sizes.trained + _moment_bytes(sizes, config) + (1 << 20)
+
+
+def _moment_bytes(sizes: ModelSizes, config: Config) -> int:
+    return int(4 * _MOMENTS[config.training.optimizer] * sizes.trained)
 
 
 def _activation_bytes(

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ollatune.base.errors import InputError, StorageError, UsageError
+from ollatune.base.errors import InputError, StorageError
 from ollatune.base.faults import fault_point
-from ollatune.base.files import free_bytes, staged_file, storage_error
+from ollatune.base.files import staged_file, storage_error
 from ollatune.base.log import get_logger
-from ollatune.base.text import format_bytes
 from ollatune.checkpoint.folders import SHARDS_SUFFIX
 from ollatune.checkpoint.format import Checkpoint, write_checkpoint
 from ollatune.checkpoint.store import CheckpointStore
 from ollatune.modeling.lora import lora_layers
 from ollatune.training.environment import package_versions
+from ollatune.training.identity import Identity
 from ollatune.training.loop import TrainingRun
 from ollatune.training.run_folder import utc_now
 from ollatune.training.state import RunState, random_states, restore_random_states
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a checkpoint says about its run."""
-
-    run_id: str
-    config: dict[str, Any]
-    base: dict[str, Any]
-    data_digest: str
-    overrides: dict[str, Any]
 
 
 def make_checkpoint(
@@ -163,85 +150,6 @@ class Saver:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
         fault_point("save.after_checkpoint")
-
-
-def checkpoint_bytes(run: TrainingRun) -> int:
-    """Size of one checkpoint: the trained tensors, and Adam's two moments of each."""
-    return 3 * run.sharing.num_trained_bytes + (1 << 20)
-
-
-def require_disk(run: TrainingRun, folder: Path, keep: int) -> None:
-    """Raise StorageError before the run when its checkpoints will not fit."""
-    needed = checkpoint_bytes(run) * (keep + 2)
-    free = free_bytes(folder)
-    if free < needed:
-        raise StorageError(
-            f"{folder}: this run's checkpoints need {format_bytes(needed)}, {format_bytes(free)} are free.",
-            hint="Free some space, choose another --output, or lower training.keep_checkpoints.",
-        )
-
-
-FREE_KEYS = (
-    "training.keep_checkpoints", "training.checkpoint_every_steps", "training.evaluate_every_steps",
-    "training.early_stopping_patience", "training.early_stopping_min_delta", "training.on_non_finite",
-    "training.overfitting_patience", "training.overfitting_gap",
-    "training.overfitting_raise_dropout", "training.max_steps",
-    "validation.", "export.", "ollama.", "output.", "distributed.",
-    "training.activation_checkpointing", "training.fast_path", "training.native_kernels",
-    "advanced.share_prefixes",
-)  # fmt: skip
-WARN_KEYS = (
-    "training.epochs", "training.learning_rate", "training.scheduler", "training.scheduler_power",
-    "training.warmup_steps", "training.warmup_fraction", "training.min_learning_rate_fraction",
-    "training.weight_decay", "training.max_grad_norm", "training.batch_size",
-    "training.gradient_accumulation_steps", "training.adam_", "training.label_smoothing",
-    "training.deterministic", "advanced.lora_dropout", "model.dtype",
-    "model.quantization", "distillation.weight", "distillation.temperature",
-    "distillation.quantization",
-)  # fmt: skip
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def classify_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[str]]:
-    """Settings that differ between two resolved configurations: `free`, `warn` and `refuse`, each `key: old → new`."""
-    before, after = dict(_flat(old)), dict(_flat(new))
-    changes: dict[str, list[str]] = {"free": [], "warn": [], "refuse": []}
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) == after.get(key):
-            continue
-        kind = "refuse"
-        if key.startswith(FREE_KEYS):
-            kind = "free"
-        elif key.startswith(WARN_KEYS):
-            kind = "warn"
-        changes[kind].append(f"{key}: {before.get(key)!r} → {after.get(key)!r}")
-    return changes
-
-
-def check_changes(old: dict[str, Any], new: dict[str, Any], *, force: bool) -> None:
-    """Say which settings changed since the checkpoint. Raises UsageError for those that break it, unless forced."""
-    changes = classify_changes(old, new)
-    logger = get_logger("training")
-    for change in changes["warn"]:
-        logger.warning(
-            "Changed since the checkpoint: %s. The run will not equal an uninterrupted one.", change
-        )
-    if changes["refuse"] and not force:
-        raise UsageError(
-            "These settings cannot change in the middle of a run: "
-            + "; ".join(changes["refuse"])
-            + ".",
-            hint="Put them back, start a new run in another --output, or insist with --force.",
-        )
-    for change in changes["refuse"]:
-        logger.warning("Changed by force: %s.", change)
 
 
 def copy_previous_best(source: Path, target: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ollatune.base.errors import Interrupted, StorageError, UsageError
+from ollatune.base.errors import Interrupted, StorageError
 from ollatune.base.faults import fault_point
 from ollatune.base.files import require_writable
 from ollatune.base.log import add_log_file, configure_logging, get_logger, remove_log_file
@@ -22,12 +21,13 @@ from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
 from ollatune.config.load import dump_config
 from ollatune.config.schema import Config
 from ollatune.data.load import DatasetSplits
-from ollatune.modeling.base import BaseSource, FindRemote, check_family, resolve_base
-from ollatune.modeling.load import Mode
-from ollatune.modeling.opened import OpenBase, open_base
+from ollatune.modeling.base import FindRemote, check_family, resolve_base
+from ollatune.modeling.compiled import require_compiler
+from ollatune.modeling.memory import model_sizes
+from ollatune.modeling.opened import open_base
 from ollatune.modeling.peft_format import save_adapter
 from ollatune.modeling.trained import lora_settings
-from ollatune.training.agreement import agreed_checkpoint, digest_of, require_same
+from ollatune.training.agreement import agreed_checkpoint, require_same
 from ollatune.training.backends import require_backend
 from ollatune.training.batch_plan import resumed_plan
 from ollatune.training.build import (
@@ -38,14 +38,12 @@ from ollatune.training.build import (
     total_steps,
 )
 from ollatune.training.checkpointing import (
-    Identity,
     Saver,
-    check_changes,
     copy_previous_best,
-    require_disk,
     restore,
 )
 from ollatune.training.debug import debugging, log_gradients
+from ollatune.training.disk import require_disk
 from ollatune.training.distributed import (
     Processes,
     connect_processes,
@@ -62,6 +60,7 @@ from ollatune.training.environment import (
     package_versions,
 )
 from ollatune.training.estimate import warn_if_too_large
+from ollatune.training.identity import identity_of, require_same_run
 from ollatune.training.interrupts import stopped_before_training
 from ollatune.training.loop import TrainingRun
 from ollatune.training.placement import Placement, choose_mode
@@ -99,8 +98,10 @@ class Session:
     def run(self) -> dict[str, Any]:
         """Train to the end; returns what is in run.json. Raises any OllatuneError, with the status written first."""
         require_backend(self.config, distributed=self.distributed)
-        self.folder = RunFolder(self.config.output.folder)
         device = choose_device()
+        if self.config.training.torch_compile:
+            require_compiler(device)
+        self.folder = RunFolder(self.config.output.folder)
         self.processes = Processes(device=device)
         if self.distributed:
             self.processes = connect_processes(
@@ -199,13 +200,17 @@ class Session:
             splits.rejections.write(self.folder.path / "rejected.jsonl")
         mode = self._decided(lambda: choose_mode(self.config, self.base, dtype, device))
         placement = Placement(device, dtype, mode)
-        self.identity = self._identity(source, splits, dtype, mode, teacher)
-        require_same(self.processes, self._facts())
+        self.identity = identity_of(
+            self.run_id, self.config, self.base, splits, self.overrides,
+            dtype=dtype, mode=mode, teacher=teacher,
+        )  # fmt: skip
+        require_same(self.processes, self.identity.facts())
         if self.processes.is_main:
+            require_disk(self.config, model_sizes(self.base.gguf, self.config), self.checkpoints)
             warn_if_too_large(self.config, self.base, splits, placement, teacher)
         plan = None
         if self.resume_from is not None:
-            self._check_resume(self.resume_from[1])
+            require_same_run(self.resume_from[1], self.identity, force=self.force)
             plan = resumed_plan(self.config, self.resume_from[1], self.processes.count)
         fault_point("train.build")
         run = build_run(
@@ -218,7 +223,6 @@ class Session:
         if self.resume_from is not None:
             self._resume(run, *self.resume_from)
         if self.processes.is_main:
-            require_disk(run, self.checkpoints, self.config.training.keep_checkpoints)
             self._open_run(splits)
         return self._loop(run)
 
@@ -227,77 +231,11 @@ class Session:
         chosen: Decision = self.processes.share(choose() if self.processes.is_main else None)
         return chosen
 
-    def _facts(self) -> dict[str, str]:
-        """What would make processes go apart where it differs."""
-        config = self.identity.config
-        kept = ("training", "advanced", "validation", "distributed")
-        return {
-            "base weights": self.identity.base["digest"],
-            "training data": self.identity.data_digest,
-            "settings": digest_of({key: config[key] for key in kept}),
-            "package versions": digest_of(package_versions()),
-        }
-
     def _dtype_setting(self) -> str:
         """A resumed run computes in the type it began with, on whatever machine it goes on."""
         if self.resume_from is not None and self.config.model.dtype == "auto":
             return str(self.resume_from[1].base.get("dtype", "auto"))
         return self.config.model.dtype
-
-    def _identity(
-        self,
-        source: BaseSource,
-        splits: DatasetSplits,
-        dtype: str,
-        mode: Mode,
-        teacher: OpenBase | None,
-    ) -> Identity:
-        base = {
-            "name": source.name,
-            "digest": source.digest,
-            "origin": source.origin,
-            "path": str(source.path),
-            "architecture": self.base.architecture,
-            "template_digest": self.base.template.digest,
-            "tokenizer_digest": self.base.tokenizer.digest,
-            "dtype": dtype,
-            "mode": mode,
-        }
-        if teacher is not None:
-            base["teacher"] = teacher.source.name
-            base["teacher_digest"] = teacher.source.digest
-        return Identity(
-            self.run_id,
-            self.config.model_dump(mode="json"),
-            base,
-            data_digest(splits),
-            self.overrides,
-        )
-
-    def _check_resume(self, checkpoint: Checkpoint) -> None:
-        check_changes(checkpoint.config, self.identity.config, force=self.force)
-        problems = [
-            f"{what} differs ({old[:12]} → {new[:12]})"
-            for what, old, new in (
-                ("the base model", checkpoint.base["digest"], self.identity.base["digest"]),
-                (
-                    "the teacher",
-                    checkpoint.base.get("teacher_digest", ""),
-                    self.identity.base.get("teacher_digest", ""),
-                ),
-                (
-                    "the training data",
-                    checkpoint.resume.get("data_digest", ""),
-                    self.identity.data_digest,
-                ),
-            )
-            if checkpoint.resume and old != new
-        ]
-        if problems and not self.force:
-            raise UsageError(
-                f"This is not the run that the checkpoint is of: {'; '.join(problems)}.",
-                hint="Put it back, start a new run in another --output, or insist with --force.",
-            )
 
     def _resume(self, run: TrainingRun, path: Path, checkpoint: Checkpoint) -> None:
         restore(run, checkpoint)
@@ -407,13 +345,3 @@ class Session:
         seconds = time.perf_counter() - self.started
         self.recorder.finish(run, seconds=seconds, best_val_loss=best.val_loss)
         return self.recorder.values
-
-
-def data_digest(splits: DatasetSplits) -> str:
-    """Hex sha256 of the training examples as they are trained on: tokens, targets, order of the file."""
-    digest = hashlib.sha256()
-    for index in range(len(splits.train)):
-        example = splits.train[index]
-        digest.update(example.token_ids.tobytes())
-        digest.update(example.is_target.tobytes())
-    return digest.hexdigest()
