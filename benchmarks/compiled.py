@@ -45,11 +45,14 @@ CASES = [
 
 def measure(trains: str, layers: str, dtype: str, cache: str) -> dict[str, Any]:
     """One `ollatune bench`, with the compiler's cache in the folder `cache`."""
-    settings = ("model.quantization=none", f"model.dtype={dtype}", *TRAINS[trains], *LAYERS[layers])
+    settings = (
+        "model.quantization=none", f"model.dtype={dtype}",
+        "training.gradient_accumulation_steps=1", *TRAINS[trains], *LAYERS[layers],
+    )  # fmt: skip
     command = [
         sys.executable, "-m", "ollatune", "bench", "--json", "--model", "embedded:smollm2-135m",
         "--data", str(REPOSITORY / "data" / "processed"), "--batch-size", "8",
-        "--gradient-accumulation-steps", "1", "--warmup", str(WARMUP), "--steps", str(STEPS),
+        "--warmup", str(WARMUP), "--steps", str(STEPS),
         *(part for setting in settings for part in ("--set", setting)),
     ]  # fmt: skip
     source = os.pathsep.join([str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")])

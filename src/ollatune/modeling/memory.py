@@ -21,14 +21,26 @@ PHASES = ("load", "step", "validation", "checkpoint", "finish")
 _RUNTIME_BYTES = 400 << 20
 """Python, torch, Transformers and a model class, resident before any weight is there."""
 _MOMENTS = {"adamw": 2.0, "adam": 2.0, "sgd": 1.0, "adafactor": 0.0, "adamw_8bit": 0.5}
-_DECODE_BYTES = 192 << 20
-"""Decoded pieces and their intermediate values, while a packed layer computes or a dense one is filled."""
+_FILL_BYTES = 192 << 20
+"""Decoded pieces and their intermediate values, while dense weights are filled."""
+_PACKED_DECODE_BYTES = 64 << 20
+"""The same while a packed layer computes."""
+_NF4_DECODE_BYTES = 6
+"""Per weight of the layer that computes: bitsandbytes decodes it whole, in fp32 and in the type of the products."""
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256
 """Per weight: four bits, an 8-bit scale for each 64, an fp32 one for each 256 of those."""
-_PLAIN_FACTOR = 2.2
+_PLAIN_FACTOR = 1.35
 """Transformers' own layers keep this many times the inputs and outputs of their linear layers."""
+_PLAIN_ADAPTER_FACTOR = 2.2
+"""The same with adapters, whose inputs after dropout are kept besides."""
+_MIXED_BYTES = 3
+"""Per number that is kept where weights are fp32 and products are not: some are in the one type, some in the other."""
 _INSIDE_FACTOR = 1.5
 """Values inside a layer at once, forward or backward, over what is kept of it."""
+_GAPS_SHARE = 0.25
+"""What the allocator holds in gaps beside a step's activations, as a share of these; 0.13 to 0.43 were seen."""
+_JOINED_SHARE = 0.35
+"""Gaps left where weights were joined for the fused step, as a share of the decoder's linear layers."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class ModelSizes:
 
     Attributes:
         total: all weights; linear: those of the decoder's linear layers, which every token passes; trained: adapter's
-            or all; stored_bytes: of the file's tensors; largest_tensor: weights of the largest one.
+            or all; stored_bytes: of the file's tensors; largest_tensor: weights of the largest one; largest_linear: of
+            the decoder's largest linear layer.
         width, vocabulary, layers: of the decoder; inputs_outputs: sum over a layer's linear layers.
         kept: numbers per token and layer that the fused forward pass keeps.
     """
@@ -47,6 +60,7 @@ class ModelSizes:
     trained: int
     stored_bytes: int
     largest_tensor: int
+    largest_linear: int
     width: int
     vocabulary: int
     layers: int
@@ -77,6 +91,7 @@ def model_sizes(gguf: GGUFFile, config: Config) -> ModelSizes:
         trained=_adapter_weights(linear, layers, config) if config.advanced.lora_enabled else total,
         stored_bytes=sum(info.size_bytes for info in tensors),
         largest_tensor=max(math.prod(info.shape) for info in tensors),
+        largest_linear=max(math.prod(shape[-2:]) for shape in linear.values()),
         width=width,
         vocabulary=vocabulary,
         layers=layers,
@@ -167,28 +182,39 @@ def estimate_memory(
     sizes = model_sizes(gguf, config)
     is_full = not config.advanced.lora_enabled
     weights = weights_bytes(sizes, mode=mode, dtype="fp32" if is_full else dtype)
-    decoding = _DECODE_BYTES if mode != "dense" else 0
+    decoding = {
+        "packed": _PACKED_DECODE_BYTES,
+        "nf4": _NF4_DECODE_BYTES * sizes.largest_linear,
+    }.get(mode, 0)
     own = 0 if is_full else 4 * sizes.trained  # an adapter's weights; all weights are the base's
     moments = _moment_bytes(sizes, config)
     gradients = 4 * sizes.trained
+    is_mixed = is_full and dtype != "fp32"
+    # Autocast keeps the weights in the products' type until the way back.
+    copies = sizes.total * DTYPE_BYTES[dtype] if is_mixed else 0
     activations = _activation_bytes(
         sizes,
         config,
         rows.tokens,
-        DTYPE_BYTES[dtype],
+        _MIXED_BYTES if is_mixed else DTYPE_BYTES[dtype],
         is_fused=is_fused,
         is_packed=mode == "packed",
     )
     logits = _logit_bytes(sizes, dtype, rows.targets, 3 if config.distillation.teacher else 2)
+    gaps = int(_GAPS_SHARE * activations)
+    if is_fused and mode == "dense":
+        gaps += int(_JOINED_SHARE * sizes.linear * DTYPE_BYTES[dtype])
     parts = {
         "runtime": _RUNTIME_BYTES,
         "weights": weights + decoding,
+        "weights as products take them": copies,
         "teacher": teacher_bytes,
         "adapter": own,
         "gradients": gradients,
         "moments": moments,
         "activations": activations,
         "logits": logits,
+        "gaps": gaps,
     }
     resident = _RUNTIME_BYTES + weights + teacher_bytes
     forward = int(
@@ -197,7 +223,7 @@ def estimate_memory(
     trained = own + moments
     largest = 4 * sizes.largest_tensor
     phases = {
-        "load": resident + min(largest, _DECODE_BYTES) + decoding,
+        "load": resident + min(largest, _FILL_BYTES) + decoding,
         "step": sum(parts.values()),
         "validation": resident + decoding + trained + gradients + forward
         + _logit_bytes(sizes, dtype, rows.validation_targets, 2),
@@ -223,7 +249,8 @@ def _activation_bytes(
 
     A packed layer that is computed again keeps some of its decoded weights meanwhile.
     """
-    kept = sizes.kept if is_fused else _PLAIN_FACTOR * sizes.inputs_outputs
+    factor = _PLAIN_ADAPTER_FACTOR if config.advanced.lora_enabled else _PLAIN_FACTOR
+    kept = sizes.kept if is_fused else factor * sizes.inputs_outputs
     inside = _INSIDE_FACTOR * kept
     if config.training.activation_checkpointing:
         decoded = min(KEPT_BYTES, sizes.linear // sizes.layers * width) if is_packed else 0
