@@ -16,7 +16,7 @@ from benchmarks.faulting.world import SAVE_POINTS, World, same, start, state_of,
 from ollatune.base.errors import InputError
 from ollatune.checkpoint.format import read_checkpoint
 from ollatune.checkpoint.store import load_checkpoint, newest_checkpoint
-from ollatune.training import checkpointing
+from ollatune.training import disk
 
 
 def disk_full(world: World, attempt: int, rng: random.Random) -> str:
@@ -84,7 +84,7 @@ def _fill(filler: Path, room: int) -> None:
 
 def _ask_for_no_space() -> None:
     """The check before the run would see that there is no room; here the run itself has to."""
-    checkpointing.free_bytes = lambda _: 1 << 40
+    disk.free_bytes = lambda _: 1 << 40
 
 
 def bit_flips(world: World, attempt: int, rng: random.Random) -> str:

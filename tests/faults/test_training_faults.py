@@ -115,7 +115,9 @@ def test_out_of_memory_with_one_example(
 ) -> None:
     with inject("train.micro_batch:oom@1,train.micro_batch:oom@2"):
         assert run(command(base, data, tmp_path)) == 7
-    assert "model.quantization=as-served" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "model.quantization=as-served" in message
+    assert re.search(r"Memory: base \d.*, trained \d.*, peak \d", message), message
 
 
 @pytest.mark.parametrize("point", ["save.before_best", "save.before_checkpoint"])

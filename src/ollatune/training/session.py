@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ollatune.base.errors import Interrupted, StorageError
+from ollatune.base.errors import Interrupted, OutOfMemoryError, StorageError
 from ollatune.base.faults import fault_point
 from ollatune.base.files import require_writable
 from ollatune.base.log import add_log_file, configure_logging, get_logger, remove_log_file
@@ -63,6 +63,7 @@ from ollatune.training.estimate import warn_if_too_large
 from ollatune.training.identity import identity_of, require_same_run
 from ollatune.training.interrupts import stopped_before_training
 from ollatune.training.loop import TrainingRun
+from ollatune.training.memory_summary import memory_by_part, memory_text
 from ollatune.training.placement import Placement, choose_mode
 from ollatune.training.profiling import StepProfiler
 from ollatune.training.recorder import Recorder
@@ -153,6 +154,9 @@ class Session:
             newest = getattr(self, "store", None) and self.store.newest
             if isinstance(error, StorageError) and newest and str(newest) not in error.hint:
                 error.hint += f" {newest} is whole: --resume auto goes on from it."
+            run = getattr(self, "run_state", None)
+            if isinstance(error, OutOfMemoryError) and run and "Memory: " not in error.message:
+                error.message += f" Memory: {memory_text(memory_by_part(run))}."
             return error
         has_saved = self.recorder is not None and self.run_state.state.last_saved_step > 0
         if self.resume_from is None and not has_saved:
