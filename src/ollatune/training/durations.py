@@ -17,7 +17,13 @@ from ollatune.training.environment import DTYPES
 from ollatune.training.placement import Placement
 
 _EFFICIENCY = 0.6
-"""Share of the speed of one large matrix product that a whole step reaches."""
+"""Share of the speed of one large matrix product that a whole fused step reaches."""
+_PLAIN_EFFICIENCY = {
+    ("adapter", "fp32"): 0.6, ("adapter", "bf16"): 0.25,
+    ("all weights", "fp32"): 0.95, ("all weights", "bf16"): 0.45,
+}  # fmt: skip
+"""The same of Transformers' own layers: quick products leave more of a step to what is between them."""
+_REPEATS = 12
 _DISK_BYTES_PER_SECOND = 150e6
 _PROBE = (256, 1024, 2048)
 _PROBE_WEIGHTS = 1 << 20
@@ -33,8 +39,15 @@ def phase_seconds(
     num_steps: int,
     num_validations: int,
     teacher: ModelSizes | None,
+    *,
+    is_fused: bool,
 ) -> dict[str, float]:
-    speed = _EFFICIENCY * measured_flops(placement)
+    """Seconds by phase, for micro-batches of `batch_size` examples; `is_fused` as in `estimate_memory`."""
+    efficiency = _EFFICIENCY
+    if not is_fused:
+        trained = "adapter" if config.advanced.lora_enabled else "all weights"
+        efficiency = _PLAIN_EFFICIENCY[trained, "fp32" if placement.dtype == "fp32" else "bf16"]
+    speed = efficiency * measured_flops(placement)
     decoding = 0.0 if placement.mode == "nf4" else _seconds_per_decoded_weight(gguf, placement)
     sizes = memory.sizes
     train = splits.report.splits["train"]
@@ -82,7 +95,7 @@ def measured_flops(placement: Placement) -> float:
     dtype, device = DTYPES[placement.dtype], placement.device
     inputs, weight = (torch.ones(n, inner, dtype=dtype, device=device) for n in (rows, columns))
     best = float("inf")
-    for _ in range(4):
+    for _ in range(_REPEATS):
         started = time.perf_counter()
         float(functional.linear(inputs, weight)[0, 0])  # waits for a GPU
         best = min(best, time.perf_counter() - started)

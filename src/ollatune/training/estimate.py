@@ -80,7 +80,7 @@ def estimate_run(
         advice = advice_to_fit(config, base, placement.mode, batch_size, memory_of, free)
     times = phase_seconds(
         config, base.gguf, splits, placement, memory, batch_size, num_steps, num_validations,
-        teacher_sizes,
+        teacher_sizes, is_fused=is_fused(config, base),
     )  # fmt: skip
     return RunEstimate(
         memory=memory,
