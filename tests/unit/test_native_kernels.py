@@ -18,7 +18,7 @@ from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.fast.linear_group import LinearGroup, gated
 from ollatune.modeling.fast.loss import HeadSettings, _chunk_loss
 from ollatune.modeling.fast.native import build, kernels
-from ollatune.modeling.fast.native import lora as native_lora
+from ollatune.modeling.fast.native import linear as native_linear
 from ollatune.modeling.fast.packed_attention import AttentionShape, tree_attention
 from ollatune.modeling.fast.segments import Segment, SegmentTable
 from ollatune.modeling.load import load_base_model
@@ -219,7 +219,7 @@ def test_dropout_is_the_same_forth_and_back_and_scaled() -> None:
     layer.train()
     inputs = torch.ones(4000, 64, dtype=torch.bfloat16, requires_grad=True)
     group = LinearGroup((layer,))
-    assert native_lora.fits(group.layers, inputs)
+    assert native_linear.fits(group.layers, inputs)
     (output,) = projections(inputs, None, group)
     values = output.detach().float()
     assert set(values.unique().tolist()) == {0.0, float(torch.tensor(4 / 3).bfloat16())}

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ollatune.modeling.fast.linear_group import (
     Kept,
     LinearGroup,
-    gated,
-    gated_backward,
+    gated_group_backward,
     group_backward,
     group_forward,
     joined,
+    split_gate_up,
 )
 from ollatune.modeling.fast.native import kernels as native
 
@@ -49,15 +49,25 @@ def norm_forward(norm: Norm, inputs_TD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm_backward(
-    norm: Norm, gradient_TD: Tensor, inputs_TD: Tensor, inverse_T1: Tensor
+    norm: Norm,
+    gradient_TD: Tensor,
+    inputs_TD: Tensor,
+    inverse_T1: Tensor,
+    residual_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `norm_forward` with respect to its input (the weight is frozen), and its value again."""
+    """The gradient of `norm_forward` with respect to its input (the weight is frozen), and its value again.
+
+    Args:
+        residual_TD: what the input got from where it went besides the norm, added.
+    """
     if native.usable(gradient_TD, inputs_TD):
-        return native.norm_backward(gradient_TD, inputs_TD, inverse_T1, norm.gain_D)
+        return native.norm_backward(gradient_TD, inputs_TD, inverse_T1, norm.gain_D, residual_TD)
     gained = gradient_TD.float() * norm.gain_D
     values = inputs_TD.float()
     mean_T1 = (gained * values).mean(-1, keepdim=True).mul_(inverse_T1.square())
     gradient = gained.addcmul_(values, mean_T1, value=-1).mul_(inverse_T1).to(inputs_TD.dtype)
+    if residual_TD is not None:
+        gradient += residual_TD
     return gradient, _normed(norm, inputs_TD, inverse_T1)
 
 
@@ -89,16 +99,21 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs_TD: Tensor, norm: Norm | None, group: LinearGroup, *_: nn.Parameter
+        ctx: Any,
+        inputs_TD: Tensor,
+        residual_TO: Tensor | None,
+        norm: Norm | None,
+        group: LinearGroup,
+        *_: nn.Parameter,
     ) -> tuple[Tensor, ...]:
         if norm is None:
             normed_TD, inverse = inputs_TD, None
         else:
             normed_TD, inverse = norm_forward(norm, inputs_TD)
-        outputs, kept = group_forward(group, normed_TD)
-        ctx.save_for_backward(inputs_TD, inverse, *kept.tensors)
-        ctx.norm, ctx.group, ctx.settings = norm, group, kept.settings
-        return tuple(outputs)
+        result = group_forward(group, normed_TD, residual_TO=residual_TO)
+        ctx.save_for_backward(inputs_TD, inverse, *result.kept.tensors)
+        ctx.norm, ctx.group, ctx.settings = norm, group, result.kept.settings
+        return tuple(result.outputs_TO)
 
     @staticmethod
     def backward(ctx: Any, *gradients_TO: Tensor) -> Any:
@@ -108,17 +123,25 @@ class _Projections(torch.autograd.Function):
         gradient_TD, parameters = group_backward(
             ctx.group, gradients_TO, kept, needs_input=ctx.needs_input_grad[0]
         )
+        residual = gradients_TO[0] if ctx.needs_input_grad[1] else None
         if norm is None:
-            return gradient_TD, None, None, *parameters(inputs_TD)
+            return gradient_TD, residual, None, None, *parameters(inputs_TD)
         if gradient_TD is None:
-            return None, None, None, *parameters(_normed(norm, inputs_TD, inverse))
+            normed_TD = _normed(norm, inputs_TD, inverse)
+            return None, residual, None, None, *parameters(normed_TD)
         d_inputs_TD, normed_TD = norm_backward(norm, gradient_TD, inputs_TD, inverse)
-        return d_inputs_TD, None, None, *parameters(normed_TD)
+        return d_inputs_TD, residual, None, None, *parameters(normed_TD)
 
 
-def projections(inputs_TD: Tensor, norm: Norm | None, group: LinearGroup) -> tuple[Tensor, ...]:
-    """The group's outputs for the (normalised) input, one [T, O] each."""
-    result = cast(Any, _Projections).apply(inputs_TD, norm, group, *group.parameters)
+def projections(
+    inputs_TD: Tensor,
+    norm: Norm | None,
+    group: LinearGroup,
+    *,
+    residual_TO: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The group's outputs for the (normalised) input, one [T, O] each; `residual_TO` is added to that of one layer."""
+    result = cast(Any, _Projections).apply(inputs_TD, residual_TO, norm, group, *group.parameters)
     return cast("tuple[Tensor, ...]", result)
 
 
@@ -133,29 +156,32 @@ class _GatedMLP(torch.autograd.Function):
         gate_up: LinearGroup,
         down: LinearGroup,
         activation: str,
+        add_inputs: bool,
         *_: nn.Parameter,
     ) -> Tensor:
         normed_TD, inverse = norm_forward(norm, inputs_TD)
-        outputs, kept_in = group_forward(gate_up, normed_TD)
-        gate_TF, up_TF = _split_gate_up(outputs)
-        product_TF = gated(gate_TF, up_TF, activation)
-        (output_TD,), kept_out = group_forward(down, product_TF)
+        inner = group_forward(gate_up, normed_TD, activation=activation)
+        gate_TF, up_TF = split_gate_up(inner.outputs_TO)
+        assert inner.product_TF is not None
+        outer = group_forward(down, inner.product_TF, residual_TO=inputs_TD if add_inputs else None)
         ctx.save_for_backward(
-            inputs_TD, inverse, gate_TF, up_TF, *kept_in.tensors, *kept_out.tensors
+            inputs_TD, inverse, gate_TF, up_TF, *inner.kept.tensors, *outer.kept.tensors
         )
-        ctx.norm, ctx.gate_up, ctx.down, ctx.activation = norm, gate_up, down, activation
-        ctx.settings = (kept_in.settings, kept_out.settings)
-        return output_TD
+        ctx.norm, ctx.gate_up, ctx.down = norm, gate_up, down
+        ctx.activation, ctx.add_inputs = activation, add_inputs
+        ctx.settings = (inner.kept.settings, outer.kept.settings)
+        return outer.outputs_TO[0]
 
     @staticmethod
     def backward(ctx: Any, gradient_TD: Tensor) -> Any:
         inputs_TD, inverse, gate_TF, up_TF, low_in, more_in, low_out, more_out = ctx.saved_tensors
-        d_product, down_parameters = group_backward(
-            ctx.down, (gradient_TD,), Kept((low_out, more_out), ctx.settings[1]), needs_input=True
+        gradients, product_TF, down_parameters = gated_group_backward(
+            ctx.down,
+            gradient_TD,
+            Kept((low_out, more_out), ctx.settings[1]),
+            (gate_TF, up_TF),
+            ctx.activation,
         )
-        assert d_product is not None
-        d_gate, d_up, product_TF = gated_backward(d_product, gate_TF, up_TF, ctx.activation)
-        gradients = (d_gate, d_up)
         d_normed, in_parameters = group_backward(
             ctx.gate_up,
             (joined(gradients),) if len(ctx.gate_up.layers) == 1 else gradients,
@@ -163,23 +189,25 @@ class _GatedMLP(torch.autograd.Function):
             needs_input=True,
         )
         assert d_normed is not None
-        d_inputs, normed_TD = norm_backward(ctx.norm, d_normed, inputs_TD, inverse)
+        d_inputs, normed_TD = norm_backward(
+            ctx.norm, d_normed, inputs_TD, inverse, gradient_TD if ctx.add_inputs else None
+        )
         parameters = (*in_parameters(normed_TD), *down_parameters(product_TF))
-        return d_inputs, None, None, None, None, *parameters
-
-
-def _split_gate_up(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Phi-3 has one layer for both."""
-    if len(outputs) == 1:
-        gate, up = outputs[0].chunk(2, dim=1)
-        return gate, up
-    return outputs[0], outputs[1]
+        return d_inputs, None, None, None, None, None, *parameters
 
 
 def gated_mlp(
-    inputs_TD: Tensor, norm: Norm, gate_up: LinearGroup, down: LinearGroup, activation: str
+    inputs_TD: Tensor,
+    norm: Norm,
+    gate_up: LinearGroup,
+    down: LinearGroup,
+    activation: str,
+    *,
+    add_inputs: bool = False,
 ) -> Tensor:
-    """The MLP's output for the residual stream `inputs_TD` [T, D] (the residual itself is not added)."""
+    """The MLP's output for the residual stream `inputs_TD` [T, D], added to it if asked for."""
     parameters = (*gate_up.parameters, *down.parameters)
-    result = cast(Any, _GatedMLP).apply(inputs_TD, norm, gate_up, down, activation, *parameters)
+    result = cast(Any, _GatedMLP).apply(
+        inputs_TD, norm, gate_up, down, activation, add_inputs, *parameters
+    )
     return cast(Tensor, result)

@@ -182,14 +182,15 @@ class FastDecoder:
         if chosen_N is not None:
             attended_TO = attended_TO.index_select(0, chosen_N)
             stream_TD = stream_TD.index_select(0, chosen_N)
-        (attention_TD,) = projections(attended_TO, None, layer.output)
-        if layer.after_attention is not None:
-            attention_TD = rms_norm(attention_TD, layer.after_attention)
-        stream_TD = stream_TD + attention_TD
-        mlp_TD = gated_mlp(stream_TD, layer.before_mlp, layer.gate_up, layer.down, self.activation)
-        if layer.after_mlp is not None:
-            mlp_TD = rms_norm(mlp_TD, layer.after_mlp)
-        return stream_TD + mlp_TD
+        if layer.after_attention is None:
+            (stream_TD,) = projections(attended_TO, None, layer.output, residual_TO=stream_TD)
+        else:
+            (attention_TD,) = projections(attended_TO, None, layer.output)
+            stream_TD = stream_TD + rms_norm(attention_TD, layer.after_attention)
+        mlp = (stream_TD, layer.before_mlp, layer.gate_up, layer.down, self.activation)
+        if layer.after_mlp is None:
+            return gated_mlp(*mlp, add_inputs=True)
+        return stream_TD + rms_norm(gated_mlp(*mlp), layer.after_mlp)
 
     def _query_key_value(
         self, layer: _Layer, outputs: tuple[Tensor, ...]

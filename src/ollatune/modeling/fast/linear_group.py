@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ollatune.modeling.fast.native import kernels as native
+from ollatune.modeling.fast.native import linear as native_linear
 from ollatune.modeling.fast.native import lora as native_lora
 from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_forward
 
@@ -109,8 +110,54 @@ class Kept:
         return isinstance(self.settings, native_lora.Seed)
 
 
-def group_forward(group: LinearGroup, inputs_TI: Tensor) -> tuple[list[Tensor], Kept]:
-    """Outputs [T, O] of each layer, and what `group_backward` needs."""
+@dataclass(frozen=True)
+class GroupOutput:
+    """Outputs [T, O] of each layer, the activated product [T, F] if asked for, and what `group_backward` needs."""
+
+    outputs_TO: list[Tensor]
+    product_TF: Tensor | None
+    kept: Kept
+
+
+def group_forward(
+    group: LinearGroup,
+    inputs_TI: Tensor,
+    *,
+    residual_TO: Tensor | None = None,
+    activation: str | None = None,
+) -> GroupOutput:
+    """All layers of one input.
+
+    Args:
+        residual_TO: added to the output of the group's one layer.
+        activation: the layers are gate and up, or one layer of both: `gated` of them is wanted, too.
+    """
+    if native_linear.fits(group.layers, inputs_TI):
+        result = native_linear.forward(
+            group.layers, inputs_TI, group.dropout, residual_TO=residual_TO, activation=activation
+        )
+        adapters = result.adapters
+        if adapters is None:
+            kept = Kept(settings=native_lora.Seed(0.0, 0))
+        else:
+            kept = Kept((adapters.low_TR, adapters.packs), adapters.seed)
+        return GroupOutput(result.outputs_TO, result.product_TF, kept)
+    outputs, kept = _torch_forward(group, inputs_TI)
+    if residual_TO is not None:
+        outputs[0].add_(residual_TO)
+    product_TF = None if activation is None else gated(*split_gate_up(outputs), activation)
+    return GroupOutput(outputs, product_TF, kept)
+
+
+def split_gate_up(outputs_TO: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gate and up [T, F]; Phi-3 has one layer for both."""
+    if len(outputs_TO) == 1:
+        gate, up = outputs_TO[0].chunk(2, dim=1)
+        return gate, up
+    return outputs_TO[0], outputs_TO[1]
+
+
+def _torch_forward(group: LinearGroup, inputs_TI: Tensor) -> tuple[list[Tensor], Kept]:
     fused = _fused_weight(group)
     bases = [_base(layer) for layer in group.layers]
     if fused is None:
@@ -121,9 +168,6 @@ def group_forward(group: LinearGroup, inputs_TI: Tensor) -> tuple[list[Tensor], 
     adapters = group.adapters
     if not adapters:
         return outputs, Kept()
-    if native_lora.fits(group.layers, inputs_TI):
-        low, packs, seed = native_lora.forward(group.layers, inputs_TI, outputs, group.dropout)
-        return outputs, Kept((low, packs), seed)
     lora_TI, mask, scale = _dropped(inputs_TI, group.dropout)
     low_Tr = lora_TI @ _joined_A(adapters).to(lora_TI.dtype).T
     offset = 0
@@ -147,21 +191,61 @@ def group_backward(
     group: LinearGroup, gradients_TO: Sequence[Tensor], kept: Kept, *, needs_input: bool
 ) -> tuple[Tensor | None, Pending]:
     """The gradient of the input (if needed), and what is left to do once the input has been computed again."""
-    low_Tr, more = kept.tensors
-    if low_Tr is None:
-        return (_frozen_gradient(group, gradients_TO) if needs_input else None), lambda _: []
     if kept.is_native:
-        assert more is not None
-        back = native_lora.Backward(group.layers, gradients_TO, low_Tr, more, kept.settings)
+        back = _native_backward(group, gradients_TO, kept)
+        pending = _no_gradients if back is None else back.gradients
         if not needs_input:
-            return None, back.gradients
-        gradient_TI = _frozen_gradient(group, gradients_TO)
-        back.add_input_gradient(gradient_TI)
-        return gradient_TI, back.gradients
+            return None, pending
+        d_low = None if back is None else back.adapters
+        return native_linear.input_gradient(group.layers, gradients_TO, d_low), pending
+    return _torch_backward(group, gradients_TO, kept, needs_input)
+
+
+def gated_group_backward(
+    group: LinearGroup,
+    gradient_TO: Tensor,
+    kept: Kept,
+    gate_up: tuple[Tensor, Tensor],
+    activation: str,
+) -> tuple[tuple[Tensor, Tensor], Tensor, Pending]:
+    """`group_backward` of one layer whose input was `gated` of `gate_up`: gradients of gate and up, the input again."""
+    if kept.is_native:
+        back = _native_backward(group, [gradient_TO], kept)
+        d_low = None if back is None else back.adapters
+        d_gate, d_up, product_TF = native_linear.gated_input_gradient(
+            group.layers[0], gradient_TO, d_low, *gate_up, activation
+        )
+        return (d_gate, d_up), product_TF, _no_gradients if back is None else back.gradients
+    d_product, pending = _torch_backward(group, [gradient_TO], kept, needs_input=True)
+    assert d_product is not None
+    d_gate, d_up, product_TF = gated_backward(d_product, *gate_up, activation)
+    return (d_gate, d_up), product_TF, pending
+
+
+def _no_gradients(_: Tensor) -> list[Tensor]:
+    return []
+
+
+def _native_backward(
+    group: LinearGroup, gradients_TO: Sequence[Tensor], kept: Kept
+) -> native_lora.Backward | None:
+    low_TR, packs = kept.tensors
+    if low_TR is None or packs is None:
+        return None
+    adapters = native_lora.Adapters(group.layers, low_TR, packs, kept.settings)
+    return native_lora.Backward(adapters, gradients_TO)
+
+
+def _torch_backward(
+    group: LinearGroup, gradients_TO: Sequence[Tensor], kept: Kept, needs_input: bool
+) -> tuple[Tensor | None, Pending]:
+    low_Tr, mask = kept.tensors
+    if low_Tr is None:
+        return (_frozen_gradient(group, gradients_TO) if needs_input else None), _no_gradients
     d_low_Tr, b_gradients = _low_gradients(group, gradients_TO, low_Tr)
 
     def pending(inputs_TI: Tensor) -> list[Tensor]:
-        lora_TI = inputs_TI if more is None else inputs_TI * more * kept.settings
+        lora_TI = inputs_TI if mask is None else inputs_TI * mask * kept.settings
         a_gradient = (d_low_Tr.T @ lora_TI).to(group.adapters[0].lora_A.dtype)
         a_gradients = torch.split(a_gradient, [adapter.rank for adapter in group.adapters])
         both = zip(a_gradients, b_gradients, strict=True)
@@ -171,10 +255,10 @@ def group_backward(
         return None, pending
     gradient_TI = _frozen_gradient(group, gradients_TO)
     A_rI = _joined_A(group.adapters).to(d_low_Tr.dtype)
-    if more is None:
+    if mask is None:
         gradient_TI.addmm_(d_low_Tr, A_rI)
     else:
-        gradient_TI.addcmul_(d_low_Tr @ A_rI, more.to(gradient_TI.dtype), value=kept.settings)
+        gradient_TI.addcmul_(d_low_Tr @ A_rI, mask.to(gradient_TI.dtype), value=kept.settings)
     return gradient_TI, pending
 
 

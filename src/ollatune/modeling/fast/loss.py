@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ollatune.modeling.fast.native import kernels as native
+from ollatune.modeling.fast.native import linear as native_linear
 from ollatune.modeling.lora import frozen_backward, frozen_forward
 
 CHUNK_LOGITS = 16 << 20
@@ -88,14 +89,17 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             chunk_nD = hidden_ND[part]
             loss, gradient_nV = _chunk_loss(
-                frozen_forward(head, chunk_nD), targets_N[part], settings,
+                _logits(head, chunk_nD), targets_N[part], settings,
                 needs_hidden or needs_weight, lesson, part,
             )  # fmt: skip
             total += loss
             if gradient_nV is None:
                 continue
             if gradient_ND is not None:
-                gradient_ND[part] = frozen_backward(head, gradient_nV)
+                found_nD = native_linear.gradient_product(gradient_nV, head)
+                gradient_ND[part] = (
+                    frozen_backward(head, gradient_nV) if found_nD is None else found_nD
+                )
             if gradient_VD is not None:
                 gradient_VD.addmm_(gradient_nV.float().T, chunk_nD.float())
         ctx.save_for_backward(gradient_ND, gradient_VD)
@@ -108,6 +112,11 @@ class _HeadLoss(torch.autograd.Function):
         hidden = None if gradient_ND is None else _scaled(gradient_ND, gradient)
         weight = None if gradient_VD is None else (gradient_VD * gradient).to(ctx.weight_dtype)
         return hidden, weight, None, None, None, None
+
+
+def _logits(head: nn.Module, hidden_nD: Tensor) -> Tensor:
+    found = native_linear.product(hidden_nD, head)
+    return frozen_forward(head, hidden_nD) if found is None else found
 
 
 def _chunk_rows(hidden_ND: Tensor, vocabulary: int, *, is_native: bool) -> int:
@@ -216,7 +225,7 @@ def head_evaluate(
     rows = _chunk_rows(hidden_ND, vocabulary, is_native=native.usable(hidden_ND))
     loss_sum, num_correct = 0.0, 0
     for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
-        logits_nV = frozen_forward(head, hidden)
+        logits_nV = _logits(head, hidden)
         loss_sum += float(_chunk_loss(logits_nV, targets, plain, False)[0])
         num_correct += int((logits_nV.argmax(1) == targets).sum())
     return loss_sum, num_correct

@@ -22,7 +22,15 @@ from ollatune.base.folders import user_cache_folder
 from ollatune.base.processor import processor_flags
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
+_FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-strict-aliasing",
+    "-fopenmp",
+    "-fPIC",
+)
 _TIMEOUT_SECONDS = 120
 
 

@@ -80,9 +80,9 @@ void norm_forward(const bf16 *x, const float *gain, float epsilon, bf16 *y, floa
     }
 }
 
-// dx = inverse · (dy · gain − x · inverse² · mean(dy · gain · x)), and y again if wanted.
-void norm_backward(const bf16 *dy, const bf16 *x, const float *inverse, const float *gain, bf16 *dx, bf16 *y, long T,
-                   long D, int threads) {
+// dx = inverse · (dy · gain − x · inverse² · mean(dy · gain · x)) + residual (if any), and y again.
+void norm_backward(const bf16 *dy, const bf16 *x, const float *inverse, const float *gain, const bf16 *residual,
+                   bf16 *dx, bf16 *y, long T, long D, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long t = 0; t < T; t++) {
         v16 dot = _mm512_setzero_ps();
@@ -97,8 +97,8 @@ void norm_backward(const bf16 *dy, const bf16 *x, const float *inverse, const fl
             __mmask16 m = tail(D - i);
             v16 g = _mm512_mul_ps(load_bf16(dy + t * D + i, m), _mm512_maskz_loadu_ps(m, gain + i));
             v16 value = load_bf16(x + t * D + i, m), v = _mm512_fnmadd_ps(value, set1(mean), g);
-            store_bf16(dx + t * D + i, _mm512_mul_ps(v, set1(inv)), m);
-            if (!y) continue;
+            v16 more = residual ? load_bf16(residual + t * D + i, m) : _mm512_setzero_ps();
+            store_bf16(dx + t * D + i, _mm512_fmadd_ps(v, set1(inv), more), m);
             value = _mm512_mul_ps(value, set1(inv));
             store_bf16(y + t * D + i, _mm512_mul_ps(value, _mm512_maskz_loadu_ps(m, gain + i)), m);
         }
@@ -591,7 +591,7 @@ int attention_backward(const Attention *a, const bf16 *d_out, const bf16 *out, l
 // Linear layers with one input x [T, I], each with an adapter: y_l += s_l · B_l (A_l drop(x)). Layer l has `outputs[l]`
 // outputs and rank `ranks[l]`; A_l is [r, I], B_l [O, r], fp32. The low-rank values of all layers stand side by side in
 // rows of `width` (a multiple of 16), layer l's from `low_at[l]` (even) on. `packs` is scratch of `lora_pack_size`
-// int32, filled by `lora_forward` and read on the way back.
+// int32, filled by `lora_low` and read on the way back.
 enum { MAX_LAYERS = 4, ROWS = 12 };
 typedef struct {
     long layers, inputs, width;
@@ -720,47 +720,8 @@ static void low_block(bf16 *out, long out_stride, long keep, const bf16 *x, long
     }
 }
 
-// y[M][32 or 16] += low[M][pairs] · packed[pairs][...], fp32 inside, bf16 outside; dropped(…) of the product where asked.
-#define ADD(M, N)                                                                                                      \
-    static void add_##M##_##N(const Adapters *a, int drop, long row, long column, bf16 *y, long stride,                \
-                              const int32_t *low, long low_row, const int32_t *packed, long packed_row, long pairs) {  \
-        v16 c[M][N];                                                                                                   \
-        for (int m = 0; m < M; m++)                                                                                    \
-            for (int n = 0; n < N; n++)                                                                                \
-                c[m][n] = drop ? _mm512_setzero_ps() : load_bf16(y + m * stride + 16 * n, 0xFFFF);                     \
-        for (long k = 0; k < pairs; k++) {                                                                             \
-            __m512i b[N];                                                                                              \
-            for (int n = 0; n < N; n++) b[n] = _mm512_loadu_si512(packed + k * packed_row + 16 * n);                   \
-            for (int m = 0; m < M; m++) {                                                                              \
-                __m512i l = _mm512_set1_epi32(low[m * low_row + k]);                                                   \
-                for (int n = 0; n < N; n++) c[m][n] = _mm512_dpbf16_ps(c[m][n], (__m512bh)l, (__m512bh)b[n]);          \
-            }                                                                                                          \
-        }                                                                                                              \
-        for (int m = 0; m < M; m++)                                                                                    \
-            for (int n = 0; n < N; n++) {                                                                              \
-                bf16 *at = y + m * stride + 16 * n;                                                                    \
-                v16 v = c[m][n];                                                                                       \
-                if (drop) v = _mm512_add_ps(load_bf16(at, 0xFFFF), dropped(a, v, row + m, column + 16 * n));           \
-                store_bf16(at, v, 0xFFFF);                                                                             \
-            }                                                                                                          \
-    }
-#define ADDS(M) ADD(M, 1) ADD(M, 2)
-ADDS(1) ADDS(2) ADDS(3) ADDS(4) ADDS(5) ADDS(6) ADDS(7) ADDS(8) ADDS(9) ADDS(10) ADDS(11) ADDS(12)
-typedef void (*add_fn)(const Adapters *, int, long, long, bf16 *, long, const int32_t *, long, const int32_t *, long, long);
-#define ADD_ROW(M) {add_##M##_1, add_##M##_2}
-static const add_fn adds[12][2] = {ADD_ROW(1), ADD_ROW(2), ADD_ROW(3), ADD_ROW(4),  ADD_ROW(5),  ADD_ROW(6),
-                                   ADD_ROW(7), ADD_ROW(8), ADD_ROW(9), ADD_ROW(10), ADD_ROW(11), ADD_ROW(12)};
-
-static void add_low(const Adapters *a, int drop, long row, long rows, bf16 *y, long stride, long columns,
-                    const bf16 *low, const int32_t *packed, long packed_row, long pairs) {
-    for (long n = 0; n < columns; n += 32) {
-        int wide = columns - n >= 32;
-        adds[rows - 1][wide](a, drop, row, n, y + n, stride, (const int32_t *)low, a->width / 2, packed + n, packed_row, pairs);
-    }
-}
-
-// low [T, width] = drop(x) · Aᵀ, then every y_l += s · low · Bᵀ.
-void lora_forward(const Adapters *a, const bf16 *x, long x_stride, bf16 *low, long T) {
+// Fills `packs`; low [T, width] = drop(x) · Aᵀ.
+void lora_low(const Adapters *a, const bf16 *x, long x_stride, bf16 *low, long T) {
     pack(a);
 #pragma omp parallel num_threads(a->threads)
     {
@@ -777,10 +738,6 @@ void lora_forward(const Adapters *a, const bf16 *x, long x_stride, bf16 *low, lo
                 from = seen, stride = a->inputs;
             }
             low_block(low + t * a->width, a->width, a->width, from, stride, pack_A_down(a), a->width, rows, a->inputs / 2);
-            for (long l = 0; l < a->layers; l++)
-                if (a->ranks[l])
-                    add_low(a, 0, t, rows, a->y[l] + t * a->strides[l], a->strides[l], a->outputs[l],
-                            low + t * a->width + a->low_at[l], pack_B(a, l, 0), a->outputs[l], (a->ranks[l] + 1) / 2);
         }
         free(seen);
     }
@@ -864,12 +821,230 @@ void lora_inputs(const Adapters *a, const bf16 *x, long x_stride, const bf16 *d_
     }
 }
 
-// dx [T, I] += drop(d_low · A).
-void lora_input(const Adapters *a, const bf16 *d_low, bf16 *dx, long stride, long T) {
-#pragma omp parallel for num_threads(a->threads) schedule(static)
-    for (long block = 0; block < (T + ROWS - 1) / ROWS; block++) {
-        long t = block * ROWS, rows = T - t < ROWS ? T - t : ROWS;
-        add_low(a, a->dropout > 0, t, rows, dx + t * stride, stride, a->inputs, d_low + t * a->width, pack_A_up(a), a->inputs,
-                a->width / 2);
+// ---------------------------------------------------------------- linear layers
+
+// y [T, N] = Σ_parts x · w  +  drop(low · up)  +  bias  +  residual, summed in fp32 and rounded once.
+//
+// A part is x [T, K] (row-major, K even) times w: [N, K] read across if `transposed` (y = x · wᵀ), else [K, N]. Panels
+// of w, 32 outputs wide, are laid out as pairs of inputs in a buffer that the second-level cache holds, and rows of x
+// walk past them. N is a multiple of 32, and so is K where `transposed`. No sum is split between threads.
+enum { MAX_PARTS = 4, PANEL = 32, PANEL_BYTES = 512 << 10 };
+typedef struct {
+    const bf16 *x, *w;
+    long x_stride, w_stride, K, transposed;
+} Part;
+typedef struct {
+    bf16 *y;
+    const bf16 *residual, *bias, *low;
+    const int32_t *up;  // pairs of low-rank values: up[low_pairs][N], rows `up_stride` apart
+    long N, y_stride, residual_stride, low_stride, up_stride, low_pairs, parts;
+    Part part[MAX_PARTS];
+} Output;
+
+// What happens to the sums besides being written to y. ACTIVATE: the outputs are gate and up, `product` [T, N] gets
+// activation(gate) · up. DERIVE: the one output is the gradient of that product and is not written; `d_gate` and
+// `d_up` (rows `d_stride` apart) are, and the product again.
+enum { PLAIN = 0, ACTIVATE = 1, DERIVE = 2 };
+typedef struct {
+    Output output[MAX_LAYERS];
+    long outputs, T, then, activation;
+    const bf16 *gate, *up;
+    bf16 *d_gate, *d_up, *product;
+    long gate_stride, d_stride;
+    const Adapters *adapters;  // their dropout falls on low · up; may be NULL
+    int threads;
+} Linear;
+
+// 16 × 16 int32 from rows `stride` apart to columns: out[i][lane] = in[lane][i].
+INLINE void transpose16(int32_t *out, long out_stride, const int32_t *in, long stride) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * stride);
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * out_stride, r[i]);
+}
+
+// The panel of `column` of all parts, one after another: [K / 2][PANEL] each.
+static void pack_panel(int32_t *out, const Output *o, long column) {
+    for (long p = 0; p < o->parts; p++) {
+        const Part *part = &o->part[p];
+        for (long k = 0; part->transposed && k < part->K / 2; k += 16)
+            for (long v = 0; v < PANEL; v += 16)
+                transpose16(out + k * PANEL + v, PANEL, (const int32_t *)(part->w + (column + v) * part->w_stride) + k,
+                            part->w_stride / 2);
+        for (long k = 0; !part->transposed && k < part->K / 2; k++)
+            for (long v = 0; v < PANEL; v += 16) {
+                const bf16 *from = part->w + 2 * k * part->w_stride + column + v;
+                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from));
+                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(from + part->w_stride)));
+                _mm512_storeu_si512(out + k * PANEL + v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+        out += part->K / 2 * PANEL;
+    }
+}
+
+static long panel_size(const Output *o) {
+    long size = 0;
+    for (long p = 0; p < o->parts; p++) size += o->part[p].K / 2 * PANEL;
+    return size;
+}
+
+// M rows from `row` on of the panel of `column`: to `sums` [M][PANEL] in fp32 if given, else to y.
+#define LINEAR_TILE(M)                                                                                                 \
+    static void linear_tile_##M(const Output *o, const Adapters *dropping, const int32_t *panel, long row,             \
+                                long column, float *sums) {                                                            \
+        v16 c[M][2];                                                                                                   \
+        for (int m = 0; m < M; m++) c[m][0] = c[m][1] = _mm512_setzero_ps();                                           \
+        const int32_t *low = (const int32_t *)(o->low + row * o->low_stride), *up = o->up + column;                    \
+        long low_stride = o->low_stride / 2, up_stride = o->up_stride;                                                 \
+        for (long k = 0; k < o->low_pairs; k++) {                                                                      \
+            __m512i b0 = _mm512_loadu_si512(up + k * up_stride), b1 = _mm512_loadu_si512(up + k * up_stride + 16);     \
+            for (int m = 0; m < M; m++) {                                                                              \
+                __m512i a = _mm512_set1_epi32(low[m * low_stride + k]);                                                \
+                c[m][0] = _mm512_dpbf16_ps(c[m][0], (__m512bh)a, (__m512bh)b0);                                        \
+                c[m][1] = _mm512_dpbf16_ps(c[m][1], (__m512bh)a, (__m512bh)b1);                                        \
+            }                                                                                                          \
+        }                                                                                                              \
+        if (dropping && o->low_pairs)                                                                                  \
+            for (int m = 0; m < M; m++)                                                                                \
+                for (int v = 0; v < 2; v++) c[m][v] = dropped(dropping, c[m][v], row + m, column + 16 * v);            \
+        for (long p = 0; p < o->parts; p++) {                                                                          \
+            const Part *part = &o->part[p];                                                                            \
+            const int32_t *x = (const int32_t *)(part->x + row * part->x_stride);                                      \
+            long stride = part->x_stride / 2, pairs = part->K / 2;                                                     \
+            for (long k = 0; k < pairs; k++) {                                                                         \
+                __m512i b0 = _mm512_loadu_si512(panel + k * PANEL), b1 = _mm512_loadu_si512(panel + k * PANEL + 16);   \
+                for (int m = 0; m < M; m++) {                                                                          \
+                    __m512i a = _mm512_set1_epi32(x[m * stride + k]);                                                  \
+                    c[m][0] = _mm512_dpbf16_ps(c[m][0], (__m512bh)a, (__m512bh)b0);                                    \
+                    c[m][1] = _mm512_dpbf16_ps(c[m][1], (__m512bh)a, (__m512bh)b1);                                    \
+                }                                                                                                      \
+            }                                                                                                          \
+            panel += pairs * PANEL;                                                                                    \
+        }                                                                                                              \
+        for (int m = 0; m < M; m++)                                                                                    \
+            for (int v = 0; v < 2; v++) {                                                                              \
+                long at = column + 16 * v;                                                                             \
+                v16 y = c[m][v];                                                                                       \
+                if (o->bias) y = _mm512_add_ps(y, load_bf16(o->bias + at, 0xFFFF));                                    \
+                if (o->residual)                                                                                       \
+                    y = _mm512_add_ps(y, load_bf16(o->residual + (row + m) * o->residual_stride + at, 0xFFFF));        \
+                if (sums) _mm512_storeu_ps(sums + m * PANEL + 16 * v, y);                                              \
+                else store_bf16(o->y + (row + m) * o->y_stride + at, y, 0xFFFF);                                       \
+            }                                                                                                          \
+    }
+LINEAR_TILE(1) LINEAR_TILE(2) LINEAR_TILE(3) LINEAR_TILE(4) LINEAR_TILE(5) LINEAR_TILE(6)
+LINEAR_TILE(7) LINEAR_TILE(8) LINEAR_TILE(9) LINEAR_TILE(10) LINEAR_TILE(11) LINEAR_TILE(12)
+typedef void (*linear_fn)(const Output *, const Adapters *, const int32_t *, long, long, float *);
+static const linear_fn linear_tiles[ROWS] = {linear_tile_1, linear_tile_2, linear_tile_3, linear_tile_4,
+                                             linear_tile_5, linear_tile_6, linear_tile_7, linear_tile_8,
+                                             linear_tile_9, linear_tile_10, linear_tile_11, linear_tile_12};
+
+// One unit of columns: a panel of one output, or (ACTIVATE) the same panel of gate and up.
+static void linear_unit(const Linear *l, const int32_t *panel, long row, long rows, long which, long column) {
+    const Adapters *dropping = l->adapters && l->adapters->dropout > 0 ? l->adapters : 0;
+    linear_fn tile = linear_tiles[rows - 1];
+    const Output *o = &l->output[which];
+    if (l->then == DERIVE) {
+        float sums[ROWS * PANEL] __attribute__((aligned(64)));
+        tile(o, dropping, panel, row, column, sums);
+        for (long m = 0; m < rows; m++)
+            for (long i = 0; i < PANEL; i += 16) {
+                long at = (row + m) * l->gate_stride + column + i, to = (row + m) * l->d_stride + column + i;
+                v16 d = _mm512_load_ps(sums + m * PANEL + i), u = load_bf16(l->up + at, 0xFFFF);
+                v16 slope, a = activate(load_bf16(l->gate + at, 0xFFFF), (int)l->activation, &slope);
+                store_bf16(l->d_gate + to, _mm512_mul_ps(_mm512_mul_ps(d, u), slope), 0xFFFF);
+                store_bf16(l->d_up + to, _mm512_mul_ps(d, a), 0xFFFF);
+                store_bf16(l->product + (row + m) * o->N + column + i, _mm512_mul_ps(a, u), 0xFFFF);
+            }
+        return;
+    }
+    tile(o, dropping, panel, row, column, 0);
+    if (l->then != ACTIVATE) return;
+    const Output *up = o + 1;
+    tile(up, dropping, panel + panel_size(o), row, column, 0);
+    for (long m = 0; m < rows; m++)
+        for (long i = 0; i < PANEL; i += 16) {
+            v16 slope, a = activate(load_bf16(o->y + (row + m) * o->y_stride + column + i, 0xFFFF), (int)l->activation, &slope);
+            v16 u = load_bf16(up->y + (row + m) * up->y_stride + column + i, 0xFFFF);
+            store_bf16(l->product + (row + m) * o->N + column + i, _mm512_mul_ps(a, u), 0xFFFF);
+        }
+}
+
+// Returns 0, or 1 without memory.
+int linear(const Linear *l) {
+    const long together = l->then == ACTIVATE ? 2 : 1;
+    long units = 0, largest = 0, blocks = (l->T + ROWS - 1) / ROWS;
+    for (long i = 0; i < l->outputs; i += together) {
+        long size = panel_size(&l->output[i]) * together;
+        units += l->output[i].N / PANEL;
+        largest = size > largest ? size : largest;
+    }
+    // Threads share out columns first (each panel is then laid out once), rows where columns are too few. Laying a
+    // panel out costs about as much as two blocks of rows.
+    long wide = 1, best = 0;
+    for (long w = 1; w <= l->threads; w++) {
+        long tall = l->threads / w, cost = (units + w - 1) / w * ((blocks + tall - 1) / tall + 2);
+        if (!best || cost <= best) best = cost, wide = w;
+    }
+    long tall = l->threads / wide, most = largest ? PANEL_BYTES / (largest * (long)sizeof(int32_t)) : units;
+    int failed = 0;
+#pragma omp parallel num_threads(l->threads)
+    {
+        long id = omp_get_thread_num(), given = omp_get_num_threads();
+        // With fewer threads than asked for, the first ones take the others' parts as well.
+        for (long share = id; share < wide * tall; share += given) {
+            long first = units * (share % wide) / wide, last = units * (share % wide + 1) / wide;
+            long from = blocks * (share / wide) / tall * ROWS, to = blocks * (share / wide + 1) / tall * ROWS;
+            if (to > l->T) to = l->T;
+            if (first >= last || from >= to) continue;
+            long per = last - first < most ? last - first : most > 0 ? most : 1;
+            per = (last - first + (last - first + per - 1) / per - 1) / ((last - first + per - 1) / per);
+            int32_t *panels = aligned_alloc(64, (size_t)(per * largest * (long)sizeof(int32_t) + 64) / 64 * 64);
+            if (!panels) {
+                failed = 1;
+                continue;
+            }
+            for (long begin = first; begin < last; begin += per) {
+                long end = begin + per < last ? begin + per : last;
+                for (long t = from; t < to;) {
+                    // Rows in blocks of about equal height at the end: a tile of few rows wastes its loads.
+                    long left = to - t, rows = left <= ROWS ? left : left < 2 * ROWS ? (left + 1) / 2 : ROWS;
+                    long which = 0, unit = begin;
+                    while (unit >= l->output[which].N / PANEL) unit -= l->output[which].N / PANEL, which += together;
+                    for (long u = begin; u < end; u++) {
+                        int32_t *panel = panels + (u - begin) * largest;
+                        if (t == from)
+                            for (long i = 0, size = 0; i < together; size += panel_size(&l->output[which + i]), i++)
+                                pack_panel(panel + size, &l->output[which + i], unit * PANEL);
+                        linear_unit(l, panel, t, rows, which, unit * PANEL);
+                        if (++unit == l->output[which].N / PANEL) unit = 0, which += together;
+                    }
+                    t += rows;
+                }
+            }
+            free(panels);
+        }
+    }
+    return failed;
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ollatune.base.errors import OutOfMemoryError
 from ollatune.modeling.fast.native.build import load_library
 from ollatune.modeling.fast.segments import SegmentTable
 
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _state = {"enabled": True}
 
 _long, _float, _int = ctypes.c_long, ctypes.c_float, ctypes.c_int
@@ -62,9 +63,16 @@ def usable(*tensors: Tensor) -> bool:
     ) and available()  # fmt: skip
 
 
+@cache
+def kernel(name: str, result: Any = _int) -> Any:
+    """The compiled function of this name; `result` is the C type of what it returns."""
+    function = getattr(load_library().library, name)
+    function.restype = result
+    return function
+
+
 def _call(name: str, *arguments: Any) -> int:
     """Call a kernel: tensors become pointers, Python numbers long or float; the number of threads is added."""
-    library: Any = load_library().library
     converted: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -77,7 +85,7 @@ def _call(name: str, *arguments: Any) -> int:
             converted.append(_long(argument))
         else:
             converted.append(argument)
-    return int(getattr(library, name)(*converted, _int(torch.get_num_threads())))
+    return int(kernel(name)(*converted, _int(torch.get_num_threads())))
 
 
 def row_stride(tensor: Tensor) -> int:
@@ -100,14 +108,19 @@ def norm_forward(inputs_TD: Tensor, gain_D: Tensor, epsilon: float) -> tuple[Ten
 
 
 def norm_backward(
-    gradient_TD: Tensor, inputs_TD: Tensor, inverse_T1: Tensor, gain_D: Tensor
+    gradient_TD: Tensor,
+    inputs_TD: Tensor,
+    inverse_T1: Tensor,
+    gain_D: Tensor,
+    residual_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the input, and the normalised input again."""
+    """The gradient of the input plus `residual_TD`, and the normalised input again."""
     inputs, gradient = inputs_TD.contiguous(), gradient_TD.contiguous()
+    residual = None if residual_TD is None else residual_TD.contiguous()
     width = inputs.shape[-1]
     output, normed = torch.empty_like(inputs), torch.empty_like(inputs)
     _call(
-        "norm_backward", gradient, inputs, inverse_T1, gain_D, output, normed,
+        "norm_backward", gradient, inputs, inverse_T1, gain_D, residual, output, normed,
         inputs.numel() // width, width,
     )  # fmt: skip
     return output, normed
@@ -119,7 +132,7 @@ def gated(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
     product = torch.empty(rows, width, dtype=gate_TF.dtype)
     _call(
         "gated_forward", gate_TF, up_TF, row_stride(gate_TF), product,
-        _int(_ACTIVATIONS[activation]), rows, width,
+        _int(ACTIVATIONS[activation]), rows, width,
     )  # fmt: skip
     return product
 
@@ -134,7 +147,7 @@ def gated_backward(
     product = torch.empty(rows, width, dtype=gate_TF.dtype)
     _call(
         "gated_backward", d_product_TF.contiguous(), gate_TF, up_TF, row_stride(gate_TF),
-        d_gate, d_up, 2 * width, product, _int(_ACTIVATIONS[activation]), rows, width,
+        d_gate, d_up, 2 * width, product, _int(ACTIVATIONS[activation]), rows, width,
     )  # fmt: skip
     return d_gate, d_up, product
 
@@ -191,9 +204,8 @@ class AttentionCall:
         )  # fmt: skip
 
     def _run(self, name: str, *tensors: Any) -> None:
-        library: Any = load_library().library
         arguments = [t if isinstance(t, _long) else ctypes.c_void_p(t.data_ptr()) for t in tensors]
-        if getattr(library, name)(ctypes.byref(self.struct), *arguments):
+        if kernel(name)(ctypes.byref(self.struct), *arguments):
             raise OutOfMemoryError("Out of memory in attention.")
 
     def forward(self) -> tuple[Tensor, Tensor]:
