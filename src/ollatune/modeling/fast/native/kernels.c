@@ -237,6 +237,10 @@ void rotate(bf16 *x, long stride, long heads, long d, const float *cosine, const
     }
 }
 
+INLINE __m512i bf16_pairs(v16 low, v16 high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(to_bf16(low)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(high)), 16));
+}
+
 // ---------------------------------------------------------------- products of small tiles
 
 // C[m][n] (+)= Σ_k A[m][k] · B[k][n] where k counts pairs of bf16 in an int32: A is broadcast, B and C lie along lanes.
@@ -277,9 +281,43 @@ static void product(float *C, long ldc, const int32_t *A, long a_row, long a_pai
     }
 }
 
+// Transposes 16 × 16 int32.
+INLINE void transpose_registers(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
+    }
+}
+
+INLINE void transpose16(int32_t *out, long out_stride, const int32_t *in, long stride) {
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * stride);
+    transpose_registers(r);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * out_stride, r[i]);
+}
+
 // ---------------------------------------------------------------- attention along trees of segments
 
-enum { QUERIES = 64, KEYS = 64 };
+enum { QUERIES = 64, KEYS = 64, HALF = 32 };
 
 // What both passes are given. Rows of q, k, v and of the outputs have a stride; q is rotated and scaled, k rotated.
 // Segment s is rows [start[s], start[s] + length[s]); it sees the ranges [range_at[s], range_at[s + 1]) of
@@ -295,12 +333,18 @@ typedef struct {
     int threads;
 } Attention;
 
-// [rows, d] → pairs of neighbouring columns in lanes of rows: out[d / 2][QUERIES], zero beyond the rows.
+// [rows, d] → pairs of neighbouring columns in lanes of rows: out[d / 2][QUERIES], zero beyond the rows. d in 16s.
 static void transpose_pairs(int32_t *out, const bf16 *x, long stride, long rows, long d) {
-    memset(out, 0, sizeof(int32_t) * QUERIES * (d / 2));
-    for (long r = 0; r < rows; r++) {
-        const int32_t *from = (const int32_t *)(x + r * stride);
-        for (long i = 0; i < d / 2; i++) out[i * QUERIES + r] = from[i];
+    for (long i = 0; i < d / 2; i += 16) {
+        __mmask16 m = tail(d / 2 - i);
+        for (long r = 0; r < QUERIES; r += 16) {
+            __m512i block[16];
+            for (long j = 0; j < 16; j++)
+                block[j] = r + j < rows ? _mm512_maskz_loadu_epi32(m, (const int32_t *)(x + (r + j) * stride) + i)
+                                        : _mm512_setzero_si512();
+            transpose_registers(block);
+            for (long j = 0; j < 16 && i + j < d / 2; j++) _mm512_storeu_si512(out + (i + j) * QUERIES + r, block[j]);
+        }
     }
 }
 
@@ -319,42 +363,35 @@ static void interleave_rows(int32_t *out, const bf16 *x, long stride, long rows,
 
 // fp32 columns [d][QUERIES] times a factor by lane → bf16 rows.
 static void write_rows(bf16 *out, long stride, const float *columns, const float *factor, long rows, long d) {
-    float line[16][16] __attribute__((aligned(64)));
     for (long r = 0; r < rows; r += 16) {
+        const v16 by = factor ? _mm512_loadu_ps(factor + r) : set1(1.0f);
         for (long i = 0; i < d; i += 16) {
-            for (long j = 0; j < 16; j++) {
-                v16 x = _mm512_loadu_ps(columns + (i + j) * QUERIES + r);
-                if (factor) x = _mm512_mul_ps(x, _mm512_loadu_ps(factor + r));
-                _mm512_store_ps(line[j], x);
-            }
-            const __m512i index = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-            for (long l = 0; l < 16 && r + l < rows; l++) {
-                v16 x = _mm512_i32gather_ps(index, &line[0][l], 4);
-                _mm256_storeu_si256((void *)(out + (r + l) * stride + i), to_bf16(x));
-            }
+            __m512i block[16];
+            for (long j = 0; j < 16; j++)
+                block[j] = (__m512i)_mm512_mul_ps(_mm512_loadu_ps(columns + (i + j) * QUERIES + r), by);
+            transpose_registers(block);
+            for (long l = 0; l < 16 && r + l < rows; l++) store_bf16(out + (r + l) * stride + i, (v16)block[l], 0xFFFF);
         }
     }
 }
 
 // One block of scores, keys along rows and queries along lanes: soft-capped, −inf where a query may not see the key.
-// `slope`: the soft cap's derivative, if wanted.
-static void scores(float *S, float *slope, const Attention *a, const bf16 *k, const int32_t *queries, long count,
+// `slope`: the soft cap's derivative, if wanted. Only the keys that a half of the lanes can see at all (`seen`) are
+// computed for it.
+static void scores(float *S, float *slope, const Attention *a, const bf16 *k, const int32_t *queries, const long *seen,
                    long lanes, const int32_t *key_position, const int32_t *query_position, int masked) {
-    product(S, QUERIES, (const int32_t *)k, a->k_stride / 2, 1, queries, QUERIES, count, lanes, a->d / 2, 0);
-    if (a->softcap > 0) {
-        const v16 cap = set1(a->softcap), inverse = set1(1 / a->softcap);
-        for (long j = 0; j < count; j++) {
-            for (long n = 0; n < lanes; n += 16) {
-                v16 t = tanh16(_mm512_mul_ps(_mm512_loadu_ps(S + j * QUERIES + n), inverse));
-                _mm512_storeu_ps(S + j * QUERIES + n, _mm512_mul_ps(t, cap));
-                if (slope) _mm512_storeu_ps(slope + j * QUERIES + n, _mm512_fnmadd_ps(t, t, set1(1.0f)));
-            }
-        }
-    }
-    if (!masked) return;
+    for (long n = 0; n < lanes; n += HALF)
+        product(S + n, QUERIES, (const int32_t *)k, a->k_stride / 2, 1, queries + n, QUERIES, seen[n / HALF],
+                lanes - n < HALF ? lanes - n : HALF, a->d / 2, 0);
     for (long n = 0; n < lanes; n += 16) {
+        const v16 cap = set1(a->softcap), inverse = set1(1 / a->softcap);
+        for (long j = 0; a->softcap > 0 && j < seen[n / HALF]; j++) {
+            v16 t = tanh16(_mm512_mul_ps(_mm512_loadu_ps(S + j * QUERIES + n), inverse));
+            _mm512_storeu_ps(S + j * QUERIES + n, _mm512_mul_ps(t, cap));
+            if (slope) _mm512_storeu_ps(slope + j * QUERIES + n, _mm512_fnmadd_ps(t, t, set1(1.0f)));
+        }
         __m512i q = _mm512_loadu_si512(query_position + n);
-        for (long j = 0; j < count; j++) {
+        for (long j = 0; masked && j < seen[n / HALF]; j++) {
             __m512i distance = _mm512_sub_epi32(q, _mm512_set1_epi32(key_position[j]));
             __mmask16 hidden = _mm512_cmplt_epi32_mask(distance, _mm512_setzero_si512());
             if (a->window) hidden |= _mm512_cmpge_epi32_mask(distance, _mm512_set1_epi32((int)a->window));
@@ -367,13 +404,14 @@ static void scores(float *S, float *slope, const Attention *a, const bf16 *k, co
 // Walks over what a block of queries sees: next() gives up to KEYS rows at a time.
 typedef struct {
     const Attention *a;
-    long segment, range, offset, last_row;
+    long segment, range, offset, first_row, last_row;
     long row, count;
+    long seen[QUERIES / HALF];  // how many of the keys each half of the queries can see
     int masked;
 } Walk;
 
-static Walk walk_from(const Attention *a, long segment, long last_row) {
-    Walk w = {a, segment, a->range_at[segment], 0, last_row, 0, 0, 0};
+static Walk walk_from(const Attention *a, long segment, long first_row, long last_row) {
+    Walk w = {.a = a, .segment = segment, .range = a->range_at[segment], .first_row = first_row, .last_row = last_row};
     return w;
 }
 
@@ -387,7 +425,11 @@ static int next(Walk *w) {
             w->row = start + w->offset;
             w->count = length - w->offset < KEYS ? length - w->offset : KEYS;
             w->offset += w->count;
-            w->masked = own || a->window;
+            w->masked = a->window || (own && w->row + w->count - 1 > w->first_row);
+            for (long half = 0; half < QUERIES / HALF; half++) {
+                long last = w->first_row + (half + 1) * HALF - w->row;
+                w->seen[half] = own && last < w->count ? last : w->count;
+            }
             return 1;
         }
         w->range++;
@@ -406,16 +448,16 @@ static long padded_positions(int32_t *out, const Attention *a, long row, long ro
     return (rows + 15) / 16 * 16;
 }
 
-// P[count][QUERIES] fp32 → pairs of neighbouring keys; an odd count is filled up with zeros.
-static void pack_key_pairs(int32_t *out, const float *P, long count, long lanes) {
-    for (long j = 0; j < count; j += 2) {
-        for (long n = 0; n < lanes; n += 16) {
-            __m512i low = _mm512_cvtepu16_epi32(to_bf16(_mm512_loadu_ps(P + j * QUERIES + n)));
-            __m512i high = j + 1 < count ? _mm512_cvtepu16_epi32(to_bf16(_mm512_loadu_ps(P + (j + 1) * QUERIES + n)))
-                                         : _mm512_setzero_si512();
-            _mm512_storeu_si512(out + j / 2 * QUERIES + n, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-        }
-    }
+// exp(score − shift), and 0 for a score of −inf whatever the shift.
+INLINE v16 weight(v16 score, v16 shift) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(score, set1(-INFINITY), _CMP_NEQ_OQ), exp16(_mm512_sub_ps(score, shift)));
+}
+
+// C[d][lanes] (+)= Σ of the keys that each half of the lanes sees: pairs of rows times pairs of weights.
+static void by_halves(float *C, const int32_t *rows, const int32_t *weights, const long *seen, long lanes, long d, int add) {
+    for (long n = 0; n < lanes; n += HALF)
+        product(C + n, QUERIES, rows, 1, d, weights + n, QUERIES, d, lanes - n < HALF ? lanes - n : HALF,
+                (seen[n / HALF] + 1) / 2, add);
 }
 
 static void forward_block(const Attention *a, long h, long segment, long row, long rows, bf16 *out, long out_stride,
@@ -429,22 +471,21 @@ static void forward_block(const Attention *a, long h, long segment, long row, lo
     transpose_pairs(Q, a->q + row * a->q_stride + h * d, a->q_stride, rows, d);
     for (long n = 0; n < lanes; n++) top[n] = -INFINITY, sum[n] = 0;
     int first = 1;
-    for (Walk w = walk_from(a, segment, row + rows - 1); next(&w);) {
+    for (Walk w = walk_from(a, segment, row, row + rows - 1); next(&w);) {
         if (out_of_window(a, &w, row)) continue;
         const bf16 *keys = a->k + w.row * a->k_stride + g * d, *values = a->v + w.row * a->v_stride + g * d;
-        int masked = w.masked && (a->window || w.row + w.count - 1 > row);
-        scores(S, 0, a, keys, Q, w.count, lanes, a->position + w.row, query_position, masked);
+        scores(S, 0, a, keys, Q, w.seen, lanes, a->position + w.row, query_position, w.masked);
         for (long n = 0; n < lanes; n += 16) {
+            const long seen = w.seen[n / HALF];
             v16 before = _mm512_loadu_ps(top + n), now = before, total = _mm512_setzero_ps();
-            for (long j = 0; j < w.count; j++) now = _mm512_max_ps(now, _mm512_loadu_ps(S + j * QUERIES + n));
+            for (long j = 0; j < seen; j++) now = _mm512_max_ps(now, _mm512_loadu_ps(S + j * QUERIES + n));
             // A lane that has seen nothing yet has −inf as its maximum; 0 instead keeps its weights at exp(−inf) = 0.
             v16 shift = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(now, set1(-INFINITY), _CMP_EQ_OQ), now, _mm512_setzero_ps());
-            for (long j = 0; j < w.count; j++) {
-                float *at = S + j * QUERIES + n;
-                v16 s = _mm512_loadu_ps(at);
-                v16 p = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(s, set1(-INFINITY), _CMP_NEQ_OQ), exp16(_mm512_sub_ps(s, shift)));
-                _mm512_storeu_ps(at, p);
-                total = _mm512_add_ps(total, p);
+            for (long j = 0; j < seen; j += 2) {
+                v16 low = weight(_mm512_loadu_ps(S + j * QUERIES + n), shift), high = _mm512_setzero_ps();
+                if (j + 1 < seen) high = weight(_mm512_loadu_ps(S + (j + 1) * QUERIES + n), shift);
+                _mm512_storeu_si512(P + j / 2 * QUERIES + n, bf16_pairs(low, high));
+                total = _mm512_add_ps(total, _mm512_add_ps(low, high));
             }
             v16 alpha = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(before, set1(-INFINITY), _CMP_NEQ_OQ), exp16(_mm512_sub_ps(before, shift)));
             _mm512_storeu_ps(top + n, now);
@@ -453,9 +494,8 @@ static void forward_block(const Attention *a, long h, long segment, long row, lo
                 for (long i = 0; i < d; i++)
                     _mm512_storeu_ps(O + i * QUERIES + n, _mm512_mul_ps(_mm512_loadu_ps(O + i * QUERIES + n), alpha));
         }
-        pack_key_pairs(P, S, w.count, lanes);
         interleave_rows(V, values, a->v_stride, w.count, d);
-        product(O, QUERIES, V, 1, d, P, QUERIES, d, lanes, (w.count + 1) / 2, !first);
+        by_halves(O, V, P, w.seen, lanes, d, !first);
         first = 0;
     }
     for (long n = 0; n < lanes; n++) factor[n] = 1 / sum[n];
@@ -514,30 +554,39 @@ static void backward_block(const Attention *a, long h, long segment, long row, l
     }
     int first = 1;
     long row_pairs = (rows + 1) / 2;
-    for (Walk w = walk_from(a, segment, row + rows - 1); next(&w);) {
+    for (Walk w = walk_from(a, segment, row, row + rows - 1); next(&w);) {
         if (out_of_window(a, &w, row)) continue;
         const bf16 *keys = a->k + w.row * a->k_stride + g * d, *values = a->v + w.row * a->v_stride + g * d;
-        int masked = w.masked && (a->window || w.row + w.count - 1 > row);
-        scores(S, slope, a, keys, Q, w.count, lanes, a->position + w.row, query_position, masked);
-        product(dP, QUERIES, (const int32_t *)values, a->v_stride / 2, 1, dO, QUERIES, w.count, lanes, d / 2, 0);
-        for (long j = 0; j < w.count; j++) {
-            for (long n = 0; n < lanes; n += 16) {
-                long at = j * QUERIES + n;
-                v16 s = _mm512_sub_ps(_mm512_loadu_ps(S + at), _mm512_loadu_ps(normaliser + n));
-                v16 p = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(s, set1(-INFINITY), _CMP_NEQ_OQ), exp16(s));
-                v16 ds = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(dP + at), _mm512_loadu_ps(delta + n)));
-                if (a->softcap > 0) ds = _mm512_mul_ps(ds, _mm512_loadu_ps(slope + at));
-                _mm256_storeu_si256((void *)(P_rows + at), to_bf16(p));
-                _mm256_storeu_si256((void *)(dS_rows + at), to_bf16(ds));
-                _mm512_storeu_ps(S + at, ds);
+        scores(S, slope, a, keys, Q, w.seen, lanes, a->position + w.row, query_position, w.masked);
+        for (long n = 0; n < lanes; n += HALF)
+            product(dP + n, QUERIES, (const int32_t *)values, a->v_stride / 2, 1, dO + n, QUERIES, w.seen[n / HALF],
+                    lanes - n < HALF ? lanes - n : HALF, d / 2, 0);
+        for (long n = 0; n < lanes; n += 16) {
+            const v16 shift = _mm512_loadu_ps(normaliser + n), mean = _mm512_loadu_ps(delta + n);
+            for (long j = 0; j < w.seen[n / HALF]; j += 2) {
+                v16 ds[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+                for (long i = 0; i < 2 && j + i < w.seen[n / HALF]; i++) {
+                    long at = (j + i) * QUERIES + n;
+                    v16 p = weight(_mm512_loadu_ps(S + at), shift);
+                    ds[i] = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(dP + at), mean));
+                    if (a->softcap > 0) ds[i] = _mm512_mul_ps(ds[i], _mm512_loadu_ps(slope + at));
+                    store_bf16(P_rows + at, p, 0xFFFF);
+                    store_bf16(dS_rows + at, ds[i], 0xFFFF);
+                }
+                _mm512_storeu_si512(dS_pairs + j / 2 * QUERIES + n, bf16_pairs(ds[0], ds[1]));
             }
         }
-        pack_key_pairs(dS_pairs, S, w.count, lanes);
         interleave_rows(K_rows, keys, a->k_stride, w.count, d);
-        long at = w.row * d;
-        product(dv + at, d, (const int32_t *)P_rows, QUERIES / 2, 1, dO_rows, d, w.count, d, row_pairs, 1);
-        product(dk + at, d, (const int32_t *)dS_rows, QUERIES / 2, 1, Q_rows, d, w.count, d, row_pairs, 1);
-        product(dQ, QUERIES, K_rows, 1, d, dS_pairs, QUERIES, d, lanes, (w.count + 1) / 2, !first);
+        // Keys beyond what the first half sees get nothing from its queries.
+        const long both = rows > HALF ? w.seen[0] : w.count, late = HALF / 2;
+        float *dk_at = dk + w.row * d, *dv_at = dv + w.row * d;
+        product(dv_at, d, (const int32_t *)P_rows, QUERIES / 2, 1, dO_rows, d, both, d, row_pairs, 1);
+        product(dk_at, d, (const int32_t *)dS_rows, QUERIES / 2, 1, Q_rows, d, both, d, row_pairs, 1);
+        product(dv_at + both * d, d, (const int32_t *)(P_rows + both * QUERIES) + late, QUERIES / 2, 1,
+                dO_rows + late * d, d, w.count - both, d, row_pairs - late, 1);
+        product(dk_at + both * d, d, (const int32_t *)(dS_rows + both * QUERIES) + late, QUERIES / 2, 1,
+                Q_rows + late * d, d, w.count - both, d, row_pairs - late, 1);
+        by_halves(dQ, K_rows, dS_pairs, w.seen, lanes, d, !first);
         first = 0;
     }
     write_rows(dq + row * dq_stride + h * d, dq_stride, dQ, 0, rows, d);
@@ -606,10 +655,6 @@ typedef struct {
 } Adapters;
 
 INLINE long up_to(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-INLINE __m512i bf16_pairs(v16 low, v16 high) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(to_bf16(low)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(high)), 16));
-}
 
 INLINE v16 gathered(const float *p, __m512i index, __mmask16 m) {
     return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, index, p, 4);
@@ -854,35 +899,6 @@ typedef struct {
     const Adapters *adapters;  // their dropout falls on low · up; may be NULL
     int threads;
 } Linear;
-
-// 16 × 16 int32 from rows `stride` apart to columns: out[i][lane] = in[lane][i].
-INLINE void transpose16(int32_t *out, long out_stride, const int32_t *in, long stride) {
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * stride);
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
-    }
-    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * out_stride, r[i]);
-}
 
 // The panel of `column` of all parts, one after another: [K / 2][PANEL] each.
 static void pack_panel(int32_t *out, const Output *o, long column) {
