@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -28,14 +29,19 @@ class LinearGroup:
 
     layers: tuple[nn.Module, ...]
 
-    @property
+    @cached_property
     def adapters(self) -> list[LoRALinear]:
         return [layer for layer in self.layers if isinstance(layer, LoRALinear)]
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """A and B of each adapter, in order: what the autograd function is given."""
         return [p for adapter in self.adapters for p in (adapter.lora_A, adapter.lora_B)]
+
+    @cached_property
+    def plan(self) -> native_linear.Plan:
+        """The group as the compiled kernels see it."""
+        return native_linear.Plan(self.layers)
 
     @property
     def dropout(self) -> float:
@@ -132,16 +138,13 @@ def group_forward(
         residual_TO: added to the output of the group's one layer.
         activation: the layers are gate and up, or one layer of both: `gated` of them is wanted, too.
     """
-    if native_linear.fits(group.layers, inputs_TI):
-        result = native_linear.forward(
-            group.layers, inputs_TI, group.dropout, residual_TO=residual_TO, activation=activation
+    if group.plan.fits(inputs_TI):
+        outputs, product_TF, low = group.plan.forward(
+            inputs_TI, group.dropout, residual_TO=residual_TO, activation=activation
         )
-        adapters = result.adapters
-        if adapters is None:
-            kept = Kept(settings=native_lora.Seed(0.0, 0))
-        else:
-            kept = Kept((adapters.low_TR, adapters.packs), adapters.seed)
-        return GroupOutput(result.outputs_TO, result.product_TF, kept)
+        if low is None:
+            return GroupOutput(outputs, product_TF, Kept(settings=native_lora.Seed(0.0, 0)))
+        return GroupOutput(outputs, product_TF, Kept((low.values_TR, low.packs), low.seed))
     outputs, kept = _torch_forward(group, inputs_TI)
     if residual_TO is not None:
         outputs[0].add_(residual_TO)
@@ -192,12 +195,12 @@ def group_backward(
 ) -> tuple[Tensor | None, Pending]:
     """The gradient of the input (if needed), and what is left to do once the input has been computed again."""
     if kept.is_native:
-        back = _native_backward(group, gradients_TO, kept)
+        gradients = [g if g.stride(-1) == 1 else g.contiguous() for g in gradients_TO]
+        back = group.plan.backward(_low_rank(kept), gradients)
         pending = _no_gradients if back is None else back.gradients
         if not needs_input:
             return None, pending
-        d_low = None if back is None else back.adapters
-        return native_linear.input_gradient(group.layers, gradients_TO, d_low), pending
+        return group.plan.input_gradient(gradients, back), pending
     return _torch_backward(group, gradients_TO, kept, needs_input)
 
 
@@ -210,10 +213,10 @@ def gated_group_backward(
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Pending]:
     """`group_backward` of one layer whose input was `gated` of `gate_up`: gradients of gate and up, the input again."""
     if kept.is_native:
-        back = _native_backward(group, [gradient_TO], kept)
-        d_low = None if back is None else back.adapters
-        d_gate, d_up, product_TF = native_linear.gated_input_gradient(
-            group.layers[0], gradient_TO, d_low, *gate_up, activation
+        gradient_TO = gradient_TO.contiguous()
+        back = group.plan.backward(_low_rank(kept), [gradient_TO])
+        d_gate, d_up, product_TF = group.plan.gated_input_gradient(
+            gradient_TO, back, *gate_up, activation
         )
         return (d_gate, d_up), product_TF, _no_gradients if back is None else back.gradients
     d_product, pending = _torch_backward(group, [gradient_TO], kept, needs_input=True)
@@ -226,14 +229,11 @@ def _no_gradients(_: Tensor) -> list[Tensor]:
     return []
 
 
-def _native_backward(
-    group: LinearGroup, gradients_TO: Sequence[Tensor], kept: Kept
-) -> native_lora.Backward | None:
-    low_TR, packs = kept.tensors
-    if low_TR is None or packs is None:
+def _low_rank(kept: Kept) -> native_lora.LowRank | None:
+    values_TR, packs = kept.tensors
+    if values_TR is None or packs is None:
         return None
-    adapters = native_lora.Adapters(group.layers, low_TR, packs, kept.settings)
-    return native_lora.Backward(adapters, gradients_TO)
+    return native_lora.LowRank(values_TR, packs, kept.settings)
 
 
 def _torch_backward(

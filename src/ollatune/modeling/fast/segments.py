@@ -83,11 +83,8 @@ class SegmentTable:
             np.array([length for _, length in ranges], np.int32),
             position,
         ]
-
-    @property
-    def pointers(self) -> list[int]:
+        self.pointers = [array.ctypes.data for array in self._arrays]
         """Addresses of unit_at, start, length, range_at, range_start, range_length and position (all int32)."""
-        return [array.ctypes.data for array in self._arrays]
 
 
 def lay_out(examples: Sequence[Tokens], *, share: bool) -> Tree:

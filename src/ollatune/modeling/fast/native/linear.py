@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ollatune.base.errors import OutOfMemoryError
 from ollatune.modeling.fast.native.kernels import ACTIVATIONS, kernel, row_stride, usable
-from ollatune.modeling.fast.native.lora import MAX_LAYERS, MAX_RANK, Adapters, AdaptersStruct
+from ollatune.modeling.fast.native.lora import (
+    MAX_LAYERS,
+    MAX_RANK,
+    Adapters,
+    AdaptersStruct,
+    Backward,
+    LowRank,
+)
 from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_forward
 
 _PANEL, _MAX_PARTS = 32, 4
 _PLAIN, _ACTIVATE, _DERIVE = 0, 1, 2
+_BF16_BYTES = 2
+_INT32_BYTES = 4
 
 _long, _address = ctypes.c_long, ctypes.c_void_p
 
@@ -56,238 +64,290 @@ class _Linear(ctypes.Structure):
     )
 
 
-def fits(layers: Sequence[nn.Module], inputs_TI: Tensor) -> bool:
-    """Whether the kernels take these layers: sizes in multiples of 32, fp32 adapters of rank 64 at most."""
-    if len(layers) > MAX_LAYERS or inputs_TI.shape[1] % _PANEL or not usable(inputs_TI):
-        return False
-    return all(
-        layer.out_features % _PANEL == 0
-        and layer.rank <= MAX_RANK
-        and layer.lora_A.dtype is layer.lora_B.dtype is torch.float32
-        if isinstance(layer, LoRALinear)
-        else _dense(layer) is not None
-        for layer in layers
-    )
+def _base(layer: nn.Module) -> nn.Module:
+    return layer.base if isinstance(layer, LoRALinear) else layer
 
 
 def _dense(layer: nn.Module) -> nn.Linear | None:
     """The frozen layer below, if its weight can be read as it lies."""
-    base = layer.base if isinstance(layer, LoRALinear) else layer
+    base = _base(layer)
     if not isinstance(base, nn.Linear) or base.weight.dtype is not torch.bfloat16:
         return None
     sizes_fit = base.in_features % _PANEL == base.out_features % _PANEL == 0
     return base if sizes_fit and base.weight.stride(1) == 1 else None
 
 
-def _set_output(output: _Output, target_TO: Tensor) -> None:
-    output.y, output.y_stride = target_TO.data_ptr(), row_stride(target_TO)
-    output.N = target_TO.shape[1]
+def _fits(layer: nn.Module) -> bool:
+    if isinstance(layer, LoRALinear):
+        sizes_fit = layer.in_features % _PANEL == layer.out_features % _PANEL == 0
+        adapter_fits = layer.lora_A.dtype is layer.lora_B.dtype is torch.float32
+        return sizes_fit and layer.rank <= MAX_RANK and adapter_fits
+    return _dense(layer) is not None
 
 
-def _set_residual(output: _Output, residual_TO: Tensor) -> None:
-    output.residual, output.residual_stride = residual_TO.data_ptr(), row_stride(residual_TO)
-
-
-def _add_part(
-    output: _Output, x_TK: Tensor, weight: Tensor, *, transposed: bool, first_row: int = 0
-) -> None:
-    part = output.part[output.parts]
-    output.parts += 1
-    part.x, part.x_stride, part.K = x_TK.data_ptr(), row_stride(x_TK), x_TK.shape[1]
-    part.w_stride = weight.stride(0)
-    part.w = weight.data_ptr() + first_row * weight.stride(0) * weight.element_size()
-    part.transposed = transposed
-
-
-def _add_low(output: _Output, adapters: Adapters, column: int, pairs: int, up_at: int) -> None:
-    """`column`: the first low-rank value; `up_at`: where what it is multiplied with starts in the packs."""
-    low_TR = adapters.low_TR
-    output.low = low_TR.data_ptr() + column * low_TR.element_size()
-    output.low_stride, output.low_pairs = low_TR.stride(0), pairs
-    output.up = adapters.packs.data_ptr() + up_at * adapters.packs.element_size()
-
-
-def _run(linear: _Linear, num_positions: int, adapters: Adapters | None) -> None:
+def _run(linear: _Linear, num_positions: int) -> None:
     linear.T, linear.threads = num_positions, torch.get_num_threads()
-    if adapters is not None:
-        linear.adapters = ctypes.pointer(adapters.struct)
     if kernel("linear")(ctypes.byref(linear)):
         raise OutOfMemoryError("Out of memory in a linear layer.")
 
 
+class _Call:
+    """A `Linear` of the C source with its parts at hand: reaching them through ctypes costs more than filling them."""
+
+    def __init__(self, num_outputs: int, then: int = _PLAIN, activation: str = "silu") -> None:
+        self.linear = _Linear(outputs=num_outputs, then=then, activation=ACTIVATIONS[activation])
+        self.outputs = [self.linear.output[index] for index in range(num_outputs)]
+        self.parts = [
+            [output.part[index] for index in range(_MAX_PARTS)] for output in self.outputs
+        ]
+
+    def add_weight(
+        self, output: int, weight: Tensor, *, transposed: bool, first: int = 0, count: int = 0
+    ) -> None:
+        """Rows [first, first + count) of `weight` (all if 0) are multiplied with a part of this output."""
+        rows = count or weight.shape[0]
+        target = self.outputs[output]
+        part = self.parts[output][target.parts]
+        target.parts += 1
+        part.w = weight.data_ptr() + first * weight.stride(0) * _BF16_BYTES
+        part.w_stride, part.transposed = weight.stride(0), transposed
+        part.K = weight.shape[1] if transposed else rows
+        part.x_stride = part.K
+
+    def add_low_rank(self, output: int, adapters: Adapters, pairs: int, stride: int) -> None:
+        target = self.outputs[output]
+        target.low_stride, target.up_stride, target.low_pairs = adapters.width, stride, pairs
+
+
+class Forward(NamedTuple):
+    """Outputs [T, O] of the layers, the activated product [T, F] if asked for, the adapters' part if there are any."""
+
+    outputs_TO: list[Tensor]
+    product_TF: Tensor | None
+    low: LowRank | None
+
+
+class Plan:
+    """A group of layers with one input as the kernels see it: what stays the same is described once."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self._key: tuple[Any, ...] = ()
+        self._is_fit = False
+
+    def fits(self, inputs_TI: Tensor) -> bool:
+        """Whether the kernels take this input and these layers: sizes in multiples of 32, fp32 adapters of rank 64
+        at most."""
+        if not usable(inputs_TI):
+            return False
+        key: list[Any] = []
+        for layer in self._layers:
+            modules = layer.__dict__["_modules"]
+            if "base" in modules:
+                parameters = layer._parameters
+                key += (parameters["lora_A"].data_ptr(), parameters["lora_B"].data_ptr())  # type: ignore[union-attr]
+                layer = modules["base"]
+            weight = layer._parameters.get("weight")
+            if weight is not None:
+                key += (weight.data_ptr(), weight.dtype)
+        if tuple(key) != self._key:
+            self._key = tuple(key)
+            self._describe()
+        return self._is_fit
+
+    def _describe(self) -> None:
+        layers = self._layers
+        self._is_fit = len(layers) <= MAX_LAYERS and all(_fits(layer) for layer in layers)
+        if not self._is_fit:
+            return
+        self._dense = [_dense(layer) for layer in layers]
+        self._all_dense = all(base is not None for base in self._dense)
+        self._sizes = [int(getattr(_base(layer), "out_features")) for layer in layers]  # noqa: B009
+        self._width = int(getattr(_base(layers[0]), "in_features"))  # noqa: B009 - of any kind
+        adapted = any(isinstance(layer, LoRALinear) for layer in layers)
+        self.adapters = Adapters(layers) if adapted else None
+        self._forward: dict[str | None, _Call] = {}
+        self._backward: dict[str | None, _Call] = {}
+
+    def _forward_call(self, activation: str | None) -> _Call:
+        """Outputs, in halves where one layer has gate and up, with weights, biases and adapters."""
+        halves = 2 if activation is not None and len(self._layers) == 1 else 1
+        then = _PLAIN if activation is None else _ACTIVATE
+        call = _Call(len(self._layers) * halves, then, activation or "silu")
+        for index, base in enumerate(self._dense):
+            width = self._sizes[index] // halves
+            for half in range(halves):
+                output, first = index * halves + half, half * width
+                target = call.outputs[output]
+                target.N, target.y_stride = width, sum(self._sizes)
+                if base is not None:
+                    call.add_weight(output, base.weight, transposed=True, first=first)
+                    if base.bias is not None:
+                        target.bias = base.bias.data_ptr() + first * _BF16_BYTES
+                up = None if self.adapters is None else self.adapters.up[index]
+                if up is not None and self.adapters is not None:
+                    call.add_low_rank(output, self.adapters, up[1], self._sizes[index])
+        return call
+
+    def forward(
+        self,
+        inputs_TI: Tensor,
+        dropout: float,
+        *,
+        residual_TO: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Forward:
+        """All layers of one input.
+
+        Args:
+            residual_TO: added to the one layer's output.
+            activation: the layers are gate and up (or one layer with both halves); see `kernels.gated`.
+        """
+        inputs = inputs_TI.contiguous()
+        low = None if self.adapters is None else self.adapters.low_rank(inputs, dropout)
+        call = self._forward.get(activation)
+        if call is None:
+            call = self._forward[activation] = self._forward_call(activation)
+        joined = torch.empty(inputs.shape[0], sum(self._sizes), dtype=inputs.dtype)
+        several = len(self._sizes) > 1
+        outputs_TO = list(torch.split_with_sizes(joined, self._sizes, 1)) if several else [joined]
+        at, halves = joined.data_ptr(), len(call.outputs) // len(self._sizes)
+        for index, output in enumerate(call.outputs):
+            layer = index // halves
+            output.y = at
+            if self._dense[layer] is not None:
+                call.parts[index][0].x = inputs.data_ptr()
+            else:
+                if index % halves == 0:
+                    outputs_TO[layer].copy_(frozen_forward(_base(self._layers[layer]), inputs))
+                output.residual, output.residual_stride = at, output.y_stride
+            if low is not None and self.adapters is not None:
+                up = self.adapters.up[layer]
+                if up is not None:
+                    first = index % halves * output.N
+                    output.low = low.values_TR.data_ptr() + up[0] * _BF16_BYTES
+                    output.up = low.packs.data_ptr() + (up[2] + first) * _INT32_BYTES
+            at += output.N * _BF16_BYTES
+        if self._dense[0] is not None:
+            self._set_residual(call.outputs[0], residual_TO)
+        elif residual_TO is not None:
+            outputs_TO[0].add_(residual_TO)
+        product_TF = None
+        if activation is not None:
+            product_TF = torch.empty(inputs.shape[0], sum(self._sizes) // 2, dtype=inputs.dtype)
+            call.linear.product = product_TF.data_ptr()
+        # Dropout falls on the adapters' input, which the low-rank values have seen already.
+        _run(call.linear, inputs.shape[0])
+        return Forward(outputs_TO, product_TF, low)
+
+    @staticmethod
+    def _set_residual(output: _Output, residual_TO: Tensor | None) -> None:
+        if residual_TO is None:
+            output.residual = None
+        else:
+            output.residual, output.residual_stride = (
+                residual_TO.data_ptr(),
+                row_stride(residual_TO),
+            )
+
+    def backward(self, low: LowRank | None, gradients_TO: Sequence[Tensor]) -> Backward | None:
+        """The adapters' part of the way back; None without adapters."""
+        if low is None or self.adapters is None:
+            return None
+        return self.adapters.backward(low, gradients_TO)
+
+    def _backward_call(self, activation: str | None) -> _Call:
+        call = _Call(1, _PLAIN if activation is None else _DERIVE, activation or "silu")
+        output = call.outputs[0]
+        output.N = output.y_stride = self._width
+        for base in self._dense if self._all_dense else ():
+            assert base is not None
+            call.add_weight(0, base.weight, transposed=False)
+        if self.adapters is not None:
+            call.add_low_rank(0, self.adapters, self.adapters.down[0], self._width)
+            call.linear.adapters = ctypes.pointer(self.adapters.struct)
+        return call
+
+    def _bound_backward(
+        self, activation: str | None, gradients_TO: Sequence[Tensor], back: Backward | None
+    ) -> tuple[_Call, Tensor | None]:
+        """The call for Σ W y + drop(A d_low); where some weight cannot be read as it lies, Σ W y, to which it adds."""
+        call = self._backward.get(activation)
+        if call is None:
+            call = self._backward[activation] = self._backward_call(activation)
+        output = call.outputs[0]
+        if back is not None:
+            back.adapters.bind(back.d_low)
+            output.low = back.d_low.values_TR.data_ptr()
+            output.up = back.d_low.packs.data_ptr() + back.adapters.down[1] * _INT32_BYTES
+        if self._all_dense:
+            for part, gradient in zip(call.parts[0], gradients_TO, strict=False):
+                part.x, part.x_stride = gradient.data_ptr(), row_stride(gradient)
+            return call, None
+        total: Any = None
+        for layer, gradient in zip(self._layers, gradients_TO, strict=True):
+            found = frozen_backward(_base(layer), gradient)
+            total = found if total is None else total.add_(found)
+        self._set_residual(output, total)
+        return call, total
+
+    def input_gradient(self, gradients_TO: Sequence[Tensor], back: Backward | None) -> Tensor:
+        """The gradient of the layers' common input [T, I]."""
+        call, result_TI = self._bound_backward(None, gradients_TO, back)
+        if result_TI is None:
+            result_TI = gradients_TO[0].new_empty(gradients_TO[0].shape[0], self._width)
+        elif back is None:
+            return result_TI
+        call.outputs[0].y = result_TI.data_ptr()
+        _run(call.linear, result_TI.shape[0])
+        return result_TI
+
+    def gated_input_gradient(
+        self,
+        gradient_TO: Tensor,
+        back: Backward | None,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the layer's input was activation(gate) · up: gradients of gate and up, neighbours in one tensor, and
+        the product again."""
+        call, _summed_TF = self._bound_backward(activation, [gradient_TO], back)
+        linear, (length, width) = call.linear, gate_TF.shape
+        both = torch.empty(length, 2 * width, dtype=gate_TF.dtype)
+        product_TF = torch.empty(length, width, dtype=gate_TF.dtype)
+        stride = row_stride(gate_TF)
+        assert stride == row_stride(up_TF)
+        linear.gate, linear.up, linear.gate_stride = gate_TF.data_ptr(), up_TF.data_ptr(), stride
+        linear.d_gate, linear.d_stride = both.data_ptr(), 2 * width
+        linear.d_up = both.data_ptr() + width * _BF16_BYTES
+        linear.product = product_TF.data_ptr()
+        _run(linear, length)
+        return both[:, :width], both[:, width:], product_TF
+
+
+def _single(source_TK: Tensor, layer: nn.Module, *, transposed: bool) -> Tensor | None:
+    base = _dense(layer)
+    if base is None or not usable(source_TK):
+        return None
+    source, call = source_TK.contiguous(), _Call(1)
+    call.add_weight(0, base.weight, transposed=transposed)
+    width = base.out_features if transposed else base.in_features
+    result = torch.empty(source.shape[0], width, dtype=source.dtype)
+    output = call.outputs[0]
+    output.y, output.N, output.y_stride = result.data_ptr(), width, width
+    call.parts[0][0].x = source.data_ptr()
+    if transposed and base.bias is not None:
+        output.bias = base.bias.data_ptr()
+    _run(call.linear, source.shape[0])
+    return result
+
+
 def product(inputs_TI: Tensor, layer: nn.Module) -> Tensor | None:
     """W x + b of one frozen layer [T, O]; None where the kernels do not take it."""
-    base = _dense(layer)
-    if base is None or not usable(inputs_TI):
-        return None
-    inputs = inputs_TI.contiguous()
-    output_TO = torch.empty(inputs.shape[0], base.out_features, dtype=inputs.dtype)
-    linear = _Linear(outputs=1)
-    _set_output(linear.output[0], output_TO)
-    _add_part(linear.output[0], inputs, base.weight, transposed=True)
-    if base.bias is not None:
-        linear.output[0].bias = base.bias.data_ptr()
-    _run(linear, inputs.shape[0], None)
-    return output_TO
+    return _single(inputs_TI, layer, transposed=True)
 
 
 def gradient_product(gradient_TO: Tensor, layer: nn.Module) -> Tensor | None:
     """The gradient of `product` with respect to its input [T, I]; None where the kernels do not take it."""
-    base = _dense(layer)
-    if base is None or not usable(gradient_TO):
-        return None
-    gradient = gradient_TO.contiguous()
-    result_TI = torch.empty(gradient.shape[0], base.in_features, dtype=gradient.dtype)
-    linear = _Linear(outputs=1)
-    _set_output(linear.output[0], result_TI)
-    _add_part(linear.output[0], gradient, base.weight, transposed=False)
-    _run(linear, gradient.shape[0], None)
-    return result_TI
-
-
-@dataclass(frozen=True)
-class Forward:
-    """Outputs [T, O] of the layers, the activated product [T, F] if asked for, the adapters if there are any."""
-
-    outputs_TO: list[Tensor]
-    product_TF: Tensor | None
-    adapters: Adapters | None
-
-
-def forward(
-    layers: Sequence[nn.Module],
-    inputs_TI: Tensor,
-    dropout: float,
-    *,
-    residual_TO: Tensor | None = None,
-    activation: str | None = None,
-) -> Forward:
-    """All layers of one input.
-
-    Args:
-        residual_TO: added to the one layer's output.
-        activation: the layers are gate and up (or one layer with both halves); see `kernels.gated`.
-    """
-    inputs = inputs_TI.contiguous()
-    adapted = any(isinstance(layer, LoRALinear) for layer in layers)
-    adapters = Adapters.of_input(layers, inputs, dropout) if adapted else None
-    dense = [_dense(layer) for layer in layers]
-    sizes = [int(getattr(layer, "out_features")) for layer in layers]  # noqa: B009 - of any kind
-    joined = torch.empty(inputs.shape[0], sum(sizes), dtype=inputs.dtype)
-    outputs_TO = list(torch.split(joined, sizes, 1)) if len(sizes) > 1 else [joined]
-    halves = 2 if activation is not None and len(layers) == 1 else 1
-    linear = _Linear(outputs=len(layers) * halves)
-    for index, (layer, base, target) in enumerate(zip(layers, dense, outputs_TO, strict=True)):
-        if base is None:
-            target.copy_(
-                frozen_forward(layer.base if isinstance(layer, LoRALinear) else layer, inputs)
-            )
-        width = sizes[index] // halves
-        for half in range(halves):
-            output, first = linear.output[index * halves + half], half * width
-            part = target[:, first : first + width]
-            _set_output(output, part)
-            if base is None:
-                _set_residual(output, part)
-            else:
-                _add_part(output, inputs, base.weight, transposed=True, first_row=first)
-                if base.bias is not None:
-                    output.bias = base.bias.data_ptr() + first * base.bias.element_size()
-            if adapters is not None and isinstance(layer, LoRALinear):
-                column, pairs, up_at = adapters.up(index)
-                _add_low(output, adapters, column, pairs, up_at + first)
-                output.up_stride = sizes[index]
-    if residual_TO is not None:
-        if dense[0] is None:
-            outputs_TO[0].add_(residual_TO)
-        else:
-            _set_residual(linear.output[0], residual_TO)
-    product_TF = None
-    if activation is not None:
-        product_TF = torch.empty(inputs.shape[0], sum(sizes) // 2, dtype=inputs.dtype)
-        linear.then, linear.activation = _ACTIVATE, ACTIVATIONS[activation]
-        linear.product = product_TF.data_ptr()
-    # Dropout falls on the adapters' input, which `low_TR` has seen already.
-    _run(linear, inputs.shape[0], None)
-    return Forward(outputs_TO, product_TF, adapters)
-
-
-def _input_gradient(
-    layers: Sequence[nn.Module],
-    gradients_TO: Sequence[Tensor],
-    d_low: Adapters | None,
-    linear: _Linear,
-    result_TI: Tensor | None,
-) -> None:
-    """Describe Σ W y + drop(A d_low); with `result_TI` holding Σ W y already, it is only added to."""
-    linear.outputs, output = 1, linear.output[0]
-    if result_TI is None:
-        for layer, gradient in zip(layers, gradients_TO, strict=True):
-            base = _dense(layer)
-            assert base is not None
-            output.N = base.in_features
-            _add_part(output, gradient, base.weight, transposed=False)
-    else:
-        _set_residual(output, result_TI)
-    if d_low is not None:
-        pairs, up_at = d_low.down()
-        _add_low(output, d_low, 0, pairs, up_at)
-        output.up_stride = d_low.struct.inputs
-
-
-def _summed(layers: Sequence[nn.Module], gradients_TO: Sequence[Tensor]) -> Tensor | None:
-    """Σ W y where some weight cannot be read as it lies; None where all can."""
-    if all(_dense(layer) is not None for layer in layers):
-        return None
-    total: Any = None
-    for layer, gradient in zip(layers, gradients_TO, strict=True):
-        base = layer.base if isinstance(layer, LoRALinear) else layer
-        part = frozen_backward(base, gradient)
-        total = part if total is None else total.add_(part)
-    assert isinstance(total, Tensor)
-    return total
-
-
-def input_gradient(
-    layers: Sequence[nn.Module], gradients_TO: Sequence[Tensor], d_low: Adapters | None
-) -> Tensor:
-    """The gradient of the layers' common input [T, I]."""
-    gradients = [g if g.stride(-1) == 1 else g.contiguous() for g in gradients_TO]
-    linear, result_TI = _Linear(), _summed(layers, gradients)
-    _input_gradient(layers, gradients, d_low, linear, result_TI)
-    if result_TI is None:
-        result_TI = gradients[0].new_empty(gradients[0].shape[0], linear.output[0].N)
-    elif d_low is None:
-        return result_TI
-    _set_output(linear.output[0], result_TI)
-    _run(linear, result_TI.shape[0], d_low)
-    return result_TI
-
-
-def gated_input_gradient(
-    layer: nn.Module,
-    gradient_TO: Tensor,
-    d_low: Adapters | None,
-    gate_TF: Tensor,
-    up_TF: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the layer's input was activation(gate) · up: gradients of gate and up, neighbours in one tensor, and the
-    product again."""
-    gradient = gradient_TO if gradient_TO.stride(-1) == 1 else gradient_TO.contiguous()
-    length, width = gate_TF.shape
-    both = torch.empty(length, 2 * width, dtype=gate_TF.dtype)
-    d_gate, d_up = both[:, :width], both[:, width:]
-    product_TF = torch.empty(length, width, dtype=gate_TF.dtype)
-    linear = _Linear(then=_DERIVE, activation=ACTIVATIONS[activation])
-    summed_TF = _summed([layer], [gradient])  # the kernel reads it
-    _input_gradient([layer], [gradient], d_low, linear, summed_TF)
-    linear.output[0].N = width
-    assert row_stride(gate_TF) == row_stride(up_TF)
-    linear.gate, linear.up, linear.gate_stride = (
-        gate_TF.data_ptr(), up_TF.data_ptr(), row_stride(gate_TF),
-    )  # fmt: skip
-    linear.d_gate, linear.d_up, linear.d_stride = d_gate.data_ptr(), d_up.data_ptr(), 2 * width
-    linear.product = product_TF.data_ptr()
-    _run(linear, length, d_low)
-    return d_gate, d_up, product_TF
+    return _single(gradient_TO, layer, transposed=False)

@@ -52,114 +52,120 @@ class Seed(NamedTuple):
     number: int
 
 
+class LowRank(NamedTuple):
+    """What one forward pass makes of the adapters, and needs again on its way back.
+
+    `values_TR` are A drop(x) in bf16 (or their gradient), `packs` A and s·B as the kernels read them.
+    """
+
+    values_TR: Tensor
+    packs: Tensor
+    seed: Seed
+
+
 class Adapters:
-    """The adapters of `layers` as the kernels read them, packed for one forward pass and the way back from it.
+    """The adapters of `layers` (those that have one), described for the kernels once.
 
     Attributes:
-        low_TR: the low-rank values A drop(x) in bf16.
-        packs: the adapters' values in the orders in which the kernels read them.
-        seed: of the dropout.
+        struct: for the kernels; it is filled anew for every call.
+        up: of each layer, where its column in the low-rank values starts, its pairs of ranks, and where s·B is in
+            the packs (None: no adapter).
+        down: the pairs of low-rank values of all layers, and where A is in the packs.
     """
 
-    def __init__(
-        self, layers: Sequence[nn.Module], low_TR: Tensor, packs: Tensor, seed: Seed
-    ) -> None:
-        self.layers, self.low_TR, self.packs, self.seed = layers, low_TR, packs, seed
-        self.struct = _describe(layers)
-        self.struct.packs = packs.data_ptr()
-        self.struct.dropout, number = seed
-        self.struct.seed_low, self.struct.seed_high = number & 0xFFFFFFFF, number >> 32
-
-    @classmethod
-    def of_input(cls, layers: Sequence[nn.Module], inputs_TI: Tensor, dropout: float) -> Adapters:
-        """Pack the adapters and compute their low-rank values; the dropout's seed comes from torch's generator."""
-        seed = Seed(dropout, int(torch.randint(1 << 62, ())) if dropout > 0 else 0)
-        inputs = inputs_TI.contiguous()
-        struct = _describe(layers)
-        packs = torch.empty(
-            kernel("lora_pack_size", _long)(ctypes.byref(struct)), dtype=torch.int32
-        )
-        low_TR = torch.empty(inputs.shape[0], struct.width, dtype=inputs.dtype)
-        adapters = cls(layers, low_TR, packs, seed)
-        kernel("lora_low")(
-            ctypes.byref(adapters.struct), _pointer(inputs), _long(inputs.shape[1]),
-            _pointer(low_TR), _long(inputs.shape[0]),
-        )  # fmt: skip
-        return adapters
-
-    def up(self, index: int) -> tuple[int, int, int]:
-        """Of layer `index`: where its column in `low_TR` starts, its pairs of ranks, where s·B is in `packs`."""
-        struct, at = self.struct, self.struct.inputs * self.struct.width
-        for layer in range(index):
-            rank, outputs = struct.ranks[layer], struct.outputs[layer]
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
+        self.struct = struct = AdaptersStruct(layers=len(layers))
+        self.reference = ctypes.byref(struct)
+        offset = 0
+        for index, layer in enumerate(layers):
+            if not isinstance(layer, LoRALinear):
+                continue  # rank 0: left alone
+            struct.inputs, struct.outputs[index] = layer.in_features, layer.out_features
+            struct.ranks[index], struct.low_at[index] = layer.rank, offset
+            struct.A[index], struct.B[index] = layer.lora_A.data_ptr(), layer.lora_B.data_ptr()
+            struct.scales[index] = layer.scale
+            offset += layer.rank + layer.rank % 2
+        self.width = struct.width = -(-offset // 16) * 16
+        self.down = self.width // 2, struct.inputs // 2 * self.width
+        self.up: list[tuple[int, int, int] | None] = []
+        at = struct.inputs * self.width
+        for index, layer in enumerate(layers):
+            rank, outputs = struct.ranks[index], struct.outputs[index]
+            found = isinstance(layer, LoRALinear)
+            self.up.append((struct.low_at[index], (rank + 1) // 2, at) if found else None)
             at += (rank + 1) // 2 * outputs + outputs // 2 * (-(-rank // 16) * 16)
-        return struct.low_at[index], (struct.ranks[index] + 1) // 2, at
+        self._pack_size = int(kernel("lora_pack_size", _long)(self.reference))
+        self._a_sizes = [a.rank * a.in_features for a in self._adapted]
+        self._b_sizes = [a.rank * a.out_features for a in self._adapted]
 
-    def down(self) -> tuple[int, int]:
-        """The pairs of low-rank values of all layers, and where A is in `packs`."""
-        return self.struct.width // 2, self.struct.inputs // 2 * self.struct.width
+    def bind(self, low: LowRank) -> None:
+        """Make `struct` that of one pass."""
+        struct = self.struct
+        struct.packs, struct.threads = low.packs.data_ptr(), torch.get_num_threads()
+        struct.dropout, number = low.seed
+        struct.seed_low, struct.seed_high = number & 0xFFFFFFFF, number >> 32
 
+    def low_rank(self, inputs_TI: Tensor, dropout: float) -> LowRank:
+        """Pack the adapters and compute A drop(x); the dropout's seed comes from torch's generator."""
+        seed = Seed(dropout, int(torch.randint(1 << 62, ())) if dropout > 0 else 0)
+        low = LowRank(
+            torch.empty(inputs_TI.shape[0], self.width, dtype=inputs_TI.dtype),
+            torch.empty(self._pack_size, dtype=torch.int32),
+            seed,
+        )
+        self.bind(low)
+        kernel("lora_low")(
+            self.reference, _pointer(inputs_TI), _long(inputs_TI.shape[1]),
+            _pointer(low.values_TR), _long(inputs_TI.shape[0]),
+        )  # fmt: skip
+        return low
 
-def _describe(layers: Sequence[nn.Module]) -> AdaptersStruct:
-    struct = AdaptersStruct(layers=len(layers), threads=torch.get_num_threads())
-    offset = 0
-    for index, layer in enumerate(layers):
-        if not isinstance(layer, LoRALinear):
-            continue  # rank 0: left alone
-        A_rI, B_Or = layer.lora_A, layer.lora_B
-        struct.inputs, struct.outputs[index] = A_rI.shape[1], B_Or.shape[0]
-        struct.ranks[index], struct.low_at[index] = layer.rank, offset
-        struct.A[index], struct.B[index] = A_rI.data_ptr(), B_Or.data_ptr()
-        struct.scales[index] = layer.scale
-        offset += layer.rank + layer.rank % 2
-    struct.width = -(-offset // 16) * 16
-    return struct
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-class Backward:
-    """The way back through the adapters of one group, in the order in which its parts become known.
-
-    Attributes:
-        adapters: with the gradient of the low-rank values as `low_TR`.
-    """
-
-    def __init__(self, adapters: Adapters, gradients_TO: Sequence[Tensor]) -> None:
-        gradients_TO = [g if g.stride(-1) == 1 else g.contiguous() for g in gradients_TO]
-        low_TR = adapters.low_TR
-        self._adapted = [layer for layer in adapters.layers if isinstance(layer, LoRALinear)]
-        self._num_positions = low_TR.shape[0]
-        d_low_TR = torch.empty_like(low_TR)
-        self.adapters = Adapters(adapters.layers, d_low_TR, adapters.packs, adapters.seed)
-        struct = self.adapters.struct
+    def backward(self, low: LowRank, gradients_TO: Sequence[Tensor]) -> Backward:
+        """The first part of the way back, from the gradients of the outputs (their columns are neighbours)."""
+        length = low.values_TR.shape[0]
+        d_low = LowRank(torch.empty_like(low.values_TR), low.packs, low.seed)
+        columns = torch.empty(self.width * ((length + 1) // 2), dtype=torch.int32)
+        d_B = torch.empty(sum(self._b_sizes))
+        self.bind(low)
+        struct = self.struct
         for index, gradient in enumerate(gradients_TO):
             struct.strides[index], struct.y[index] = row_stride(gradient), gradient.data_ptr()
-        self._columns = torch.empty(
-            low_TR.shape[1] * ((self._num_positions + 1) // 2), dtype=torch.int32
-        )
-        self._d_B = torch.empty(sum(a.rank * a.out_features for a in self._adapted))
         kernel("lora_outputs")(
-            ctypes.byref(struct), _pointer(low_TR), _pointer(d_low_TR),
-            _pointer(self._d_B), _pointer(self._columns), _long(self._num_positions),
+            self.reference, _pointer(low.values_TR), _pointer(d_low.values_TR), _pointer(d_B),
+            _pointer(columns), _long(length),
         )  # fmt: skip
+        return Backward(self, d_low, d_B, columns)
 
-    def gradients(self, inputs_TI: Tensor) -> list[Tensor]:
-        """The gradients of A [r, I] and B [O, r] of each adapter in order, in fp32."""
-        inputs = inputs_TI.contiguous()
-        width = inputs.shape[1]
-        d_A = torch.empty(sum(a.rank for a in self._adapted) * width)
+    def gradients(self, back: Backward, inputs_TI: Tensor) -> list[Tensor]:
+        length, width = inputs_TI.shape
+        d_A = torch.empty(sum(self._a_sizes))
+        self.bind(back.d_low)
         kernel("lora_inputs")(
-            ctypes.byref(self.adapters.struct), _pointer(inputs), _long(width),
-            _pointer(self.adapters.low_TR), _pointer(d_A), _pointer(self._columns),
-            _long(self._num_positions),
+            self.reference, _pointer(inputs_TI), _long(width), _pointer(back.d_low.values_TR),
+            _pointer(d_A), _pointer(back.columns), _long(length),
         )  # fmt: skip
-        a_parts = torch.split(d_A, [a.rank * width for a in self._adapted])
-        b_parts = torch.split(self._d_B, [a.rank * a.out_features for a in self._adapted])
+        a_parts = torch.split_with_sizes(d_A, self._a_sizes)
+        b_parts = torch.split_with_sizes(back.d_B, self._b_sizes)
         return [
             part
             for adapter, a, b in zip(self._adapted, a_parts, b_parts, strict=True)
             for part in (a.view(adapter.rank, width), b.view(-1, adapter.rank))
         ]
+
+
+class Backward(NamedTuple):
+    """The way back through the adapters, up to where the input has to be known."""
+
+    adapters: Adapters
+    d_low: LowRank
+    d_B: Tensor
+    columns: Tensor
+
+    def gradients(self, inputs_TI: Tensor) -> list[Tensor]:
+        """The gradients of A [r, I] and B [O, r] of each adapter in order, in fp32."""
+        return self.adapters.gradients(self, inputs_TI.contiguous())
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
