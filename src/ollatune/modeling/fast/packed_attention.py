@@ -72,8 +72,7 @@ class _NativeTreeAttention(torch.autograd.Function):
         table: SegmentTable,
         shape: AttentionShape,
     ) -> Tensor:
-        native.rotate(query_TO, shape.head_size, rotary, sign=1.0, scale=shape.scale)
-        native.rotate(key_TO, shape.head_size, rotary, sign=1.0, scale=1.0)
+        native.rotate(query_TO, key_TO, shape.head_size, rotary, sign=1.0, scale=shape.scale)
         output_TO, normalisers_HT = _native_call(query_TO, key_TO, value_TO, table, shape).forward()
         ctx.save_for_backward(query_TO, key_TO, value_TO, output_TO, normalisers_HT, *rotary)
         ctx.table, ctx.shape = table, shape
@@ -86,8 +85,7 @@ class _NativeTreeAttention(torch.autograd.Function):
         call = _native_call(query, key, value, ctx.table, shape)
         d_query, d_key, d_value = call.backward(gradient_TO, output, normalisers)
         rotary = (cosine, sine)
-        native.rotate(d_query, shape.head_size, rotary, sign=-1.0, scale=shape.scale)
-        native.rotate(d_key, shape.head_size, rotary, sign=-1.0, scale=1.0)
+        native.rotate(d_query, d_key, shape.head_size, rotary, sign=-1.0, scale=shape.scale)
         return d_query, d_key, d_value, None, None, None
 
 

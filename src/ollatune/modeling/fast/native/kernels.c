@@ -229,28 +229,31 @@ void cross_entropy(bf16 *logits, const int64_t *targets, double *losses, float s
 
 // ---------------------------------------------------------------- rotary embedding
 
-// Rotate the first 2·half of every head of x [T, heads · d] in place and multiply all of it by `scale`; `sign` −1 turns
-// back. cosine and sine: [T, half] in fp32.
-void rotate(bf16 *x, long stride, long heads, long d, const float *cosine, const float *sine, long half, float sign,
-            float scale, long T, int threads) {
+// Rotate the first 2·half of every head of q and k in place, `sign` −1 turns back; all of q is multiplied by `scale`.
+// cosine and sine: [T, half] in fp32.
+INLINE void rotate_heads(bf16 *x, long heads, long d, const float *cosine, const float *sine, long half, float sign, float scale) {
+    for (long h = 0; h < heads; h++, x += d) {
+        for (long i = 0; i < half; i += 16) {
+            __mmask16 m = tail(half - i);
+            v16 a = load_bf16(x + i, m), b = load_bf16(x + half + i, m);
+            v16 c = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, cosine + i), set1(scale));
+            v16 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, sine + i), set1(scale * sign));
+            store_bf16(x + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), m);
+            store_bf16(x + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), m);
+        }
+        for (long i = 2 * half; scale != 1.0f && i < d; i += 16) {
+            __mmask16 m = tail(d - i);
+            store_bf16(x + i, _mm512_mul_ps(load_bf16(x + i, m), set1(scale)), m);
+        }
+    }
+}
+
+void rotate(bf16 *q, long q_stride, long q_heads, bf16 *k, long k_stride, long k_heads, long d, const float *cosine,
+            const float *sine, long half, float sign, float scale, long T, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long t = 0; t < T; t++) {
-        for (long h = 0; h < heads; h++) {
-            bf16 *head = x + t * stride + h * d;
-            for (long i = 0; i < half; i += 16) {
-                __mmask16 m = tail(half - i);
-                v16 a = load_bf16(head + i, m), b = load_bf16(head + half + i, m);
-                v16 c = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, cosine + t * half + i), set1(scale));
-                v16 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, sine + t * half + i), set1(scale * sign));
-                store_bf16(head + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), m);
-                store_bf16(head + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), m);
-            }
-            if (scale == 1.0f) continue;
-            for (long i = 2 * half; i < d; i += 16) {
-                __mmask16 m = tail(d - i);
-                store_bf16(head + i, _mm512_mul_ps(load_bf16(head + i, m), set1(scale)), m);
-            }
-        }
+        rotate_heads(q + t * q_stride, q_heads, d, cosine + t * half, sine + t * half, half, sign, scale);
+        rotate_heads(k + t * k_stride, k_heads, d, cosine + t * half, sine + t * half, half, sign, 1.0f);
     }
 }
 
@@ -659,7 +662,7 @@ int attention_backward(const Attention *a, const bf16 *d_out, const bf16 *out, l
 // outputs and rank `ranks[l]`; A_l is [r, I], B_l [O, r], fp32. The low-rank values of all layers stand side by side in
 // rows of `width` (a multiple of 16), layer l's from `low_at[l]` (even) on. `packs` is scratch of `lora_pack_size`
 // int32, filled by `lora_low` and read on the way back.
-enum { MAX_LAYERS = 4, ROWS = 12 };
+enum { MAX_LAYERS = 4, MAX_RANK = 64, ROWS = 12, PANEL = 32 };
 typedef struct {
     long layers, inputs, width;
     long outputs[MAX_LAYERS], ranks[MAX_LAYERS], low_at[MAX_LAYERS], strides[MAX_LAYERS];
@@ -806,81 +809,109 @@ void lora_low(const Adapters *a, const bf16 *x, long x_stride, bf16 *low, long T
     }
 }
 
-// out [M][columns] (fp32, times `scale`; [columns][M] if `transposed`) = Σ_t left[t][m] · right[t][c] for the 32 columns
-// from `column` on. `left` as pairs of rows: left[m][ceil(T / 2)].
-static void outer_block(const Adapters *a, int drop, float *out, int transposed, float scale, long M, long columns,
-                        long column, const int32_t *left, const bf16 *right, long stride, long T) {
-    enum { BLOCK = 128 };
-    int32_t pairs[BLOCK / 2 * 32] __attribute__((aligned(64)));
-    float C[64 * 32] __attribute__((aligned(64)));
-    long vectors = columns - column >= 32 ? 2 : 1, row_pairs = (T + 1) / 2;
-    for (long m = 0; m < M; m++) memset(C + m * 32, 0, sizeof(float) * 32);
-    for (long t = 0; t < T; t += BLOCK) {
-        long rows = T - t < BLOCK ? T - t : BLOCK;
-        for (long j = 0; j < rows; j += 2)
-            for (long v = 0; v < vectors; v++) {
-                const bf16 *from = right + (t + j) * stride + column + 16 * v;
-                v16 low = load_bf16(from, 0xFFFF), high = _mm512_setzero_ps();
-                if (j + 1 < rows) high = load_bf16(from + stride, 0xFFFF);
-                if (drop) {
-                    low = dropped(a, low, t + j, column + 16 * v);
-                    high = dropped(a, high, t + j + 1, column + 16 * v);
+// Sums over positions: C[M][n] = Σ_t left[t][m] · right[t][column + n] for `count` columns (at most OUTER). `left` as
+// pairs of rows: left[m][ceil(T / 2)]. Blocks of rows are read whole, a few cache lines of each: columns alone would
+// jump from page to page.
+enum { OUTER = 128, OUTER_ROWS = 64 };
+static void outer_block(const Adapters *a, int drop, float *C, long M, long column, long count, const int32_t *left,
+                        const bf16 *right, long stride, long T) {
+    int32_t pairs[OUTER_ROWS / 2 * PANEL] __attribute__((aligned(64)));
+    const long row_pairs = (T + 1) / 2;
+    for (long t = 0; t < T; t += OUTER_ROWS) {
+        long rows = T - t < OUTER_ROWS ? T - t : OUTER_ROWS;
+        for (long n = 0; n < count; n += PANEL) {
+            long lanes = count - n < PANEL ? count - n : PANEL;
+            for (long j = 0; j < rows; j += 2)
+                for (long v = 0; v < lanes; v += 16) {
+                    const bf16 *from = right + (t + j) * stride + column + n + v;
+                    v16 low = load_bf16(from, 0xFFFF), high = _mm512_setzero_ps();
+                    if (j + 1 < rows) high = load_bf16(from + stride, 0xFFFF);
+                    if (drop) {
+                        low = dropped(a, low, t + j, column + n + v);
+                        high = dropped(a, high, t + j + 1, column + n + v);
+                    }
+                    _mm512_store_si512(pairs + j / 2 * PANEL + v, bf16_pairs(low, high));
                 }
-                _mm512_store_si512(pairs + j / 2 * 32 + 16 * v, bf16_pairs(low, high));
-            }
-        for (long m = 0; m < M; m += ROWS)
-            tiles[(M - m < ROWS ? M - m : ROWS) - 1][vectors - 1](C + m * 32, 32, left + m * row_pairs + t / 2, row_pairs, 1,
-                                                                  pairs, 32, (rows + 1) / 2, 1);
+            product(C + n, OUTER, left + t / 2, row_pairs, 1, pairs, PANEL, M, lanes, (rows + 1) / 2, t > 0);
+        }
     }
-    for (long m = 0; m < M; m++)
-        for (long c = 0; c < 16 * vectors; c++)
-            out[transposed ? (column + c) * M + m : m * columns + column + c] = scale * C[m * 32 + c];
+}
+
+// Columns that a thread takes at a time: about the same number each time, for as many times as there are threads.
+INLINE long outer_share(long columns, int threads) {
+    long shares = up_to((columns + OUTER - 1) / OUTER, threads);
+    return up_to((columns + shares - 1) / shares, PANEL);
 }
 
 // [T, width] → pairs of neighbouring rows for each column: out[width][ceil(T / 2)].
 static void pair_columns(int32_t *out, const bf16 *low, long T, long width, int threads) {
     long row_pairs = (T + 1) / 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long p = 0; p < row_pairs; p++)
-        for (long c = 0; c < width; c++) {
-            uint32_t first = low[2 * p * width + c], second = 2 * p + 1 < T ? low[(2 * p + 1) * width + c] : 0;
-            out[c * row_pairs + p] = (int32_t)(first | second << 16);
+    for (long p = 0; p < row_pairs; p += 16)
+        for (long c = 0; c < width; c += 16) {
+            __m512i block[16];
+            for (long i = 0; i < 16; i++) {
+                const bf16 *from = low + 2 * (p + i) * width + c;
+                v16 first = 2 * (p + i) < T ? load_bf16(from, 0xFFFF) : _mm512_setzero_ps();
+                v16 second = 2 * (p + i) + 1 < T ? load_bf16(from + width, 0xFFFF) : _mm512_setzero_ps();
+                block[i] = bf16_pairs(first, second);
+            }
+            transpose_registers(block);
+            for (long i = 0; i < 16; i++) _mm512_mask_storeu_epi32(out + (c + i) * row_pairs + p, tail(row_pairs - p), block[i]);
         }
 }
 
 // From the gradients y_l of the outputs: d_low [T, width] = s · y · B, and d_B ([O, r] of each layer, one after
 // another). `columns` is scratch of width · ceil(T / 2) int32. Ranks up to 64.
 void lora_outputs(const Adapters *a, const bf16 *low, bf16 *d_low, float *d_B, int32_t *columns, long T) {
-    long row_pairs = (T + 1) / 2;
-#pragma omp parallel for num_threads(a->threads) schedule(static)
-    for (long block = 0; block < (T + ROWS - 1) / ROWS; block++) {
-        long t = block * ROWS, rows = T - t < ROWS ? T - t : ROWS;
-        for (long m = 0; m < rows; m++) memset(d_low + (t + m) * a->width, 0, sizeof(bf16) * a->width);
-        for (long l = 0; l < a->layers; l++)
-            if (a->ranks[l])
-                low_block(d_low + t * a->width + a->low_at[l], a->width, a->ranks[l], a->y[l] + t * a->strides[l],
-                          a->strides[l], pack_B(a, l, 1), up_to(a->ranks[l], 16), rows, a->outputs[l] / 2);
-    }
+    const long row_pairs = (T + 1) / 2;
     pair_columns(columns, low, T, a->width, a->threads);
-    for (long l = 0; l < a->layers; l++) {
-        long r = a->ranks[l], O = a->outputs[l];
-#pragma omp parallel for num_threads(a->threads) schedule(static)
-        for (long o = 0; o < (r ? O : 0); o += 32)
-            outer_block(a, 0, d_B, 1, a->scales[l], r, O, o, columns + a->low_at[l] * row_pairs, a->y[l], a->strides[l], T);
-        d_B += O * r;
+#pragma omp parallel num_threads(a->threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (long block = 0; block < (T + ROWS - 1) / ROWS; block++) {
+            long t = block * ROWS, rows = T - t < ROWS ? T - t : ROWS;
+            for (long m = 0; m < rows; m++) memset(d_low + (t + m) * a->width, 0, sizeof(bf16) * a->width);
+            for (long l = 0; l < a->layers; l++)
+                if (a->ranks[l])
+                    low_block(d_low + t * a->width + a->low_at[l], a->width, a->ranks[l], a->y[l] + t * a->strides[l],
+                              a->strides[l], pack_B(a, l, 1), up_to(a->ranks[l], 16), rows, a->outputs[l] / 2);
+        }
+        float C[MAX_RANK * OUTER] __attribute__((aligned(64)));
+        float *at = d_B;
+        for (long l = 0; l < a->layers; l++) {
+            const long r = a->ranks[l], O = a->outputs[l], share = outer_share(O, a->threads);
+#pragma omp for schedule(static) nowait
+            for (long o = 0; o < (r ? O : 0); o += share) {
+                long count = O - o < share ? O - o : share;
+                outer_block(a, 0, C, r, o, count, columns + a->low_at[l] * row_pairs, a->y[l], a->strides[l], T);
+                for (long c = 0; c < count; c++)
+                    for (long m = 0; m < r; m++) at[(o + c) * r + m] = a->scales[l] * C[m * OUTER + c];
+            }
+            at += O * r;
+        }
     }
 }
 
 // d_A ([r, I] of each layer, one after another) = d_lowᵀ · drop(x).
 void lora_inputs(const Adapters *a, const bf16 *x, long x_stride, const bf16 *d_low, float *d_A, int32_t *columns, long T) {
-    long row_pairs = (T + 1) / 2, I = a->inputs;
+    const long I = a->inputs, share = outer_share(I, a->threads);
+    long used = 0;
+    for (long l = 0; l < a->layers; l++)
+        if (a->ranks[l]) used = a->low_at[l] + a->ranks[l];
     pair_columns(columns, d_low, T, a->width, a->threads);
-    for (long l = 0; l < a->layers; l++) {
-        long r = a->ranks[l];
-#pragma omp parallel for num_threads(a->threads) schedule(static)
-        for (long i = 0; i < (r ? I : 0); i += 32)
-            outer_block(a, a->dropout > 0, d_A, 0, 1.0f, r, I, i, columns + a->low_at[l] * row_pairs, x, x_stride, T);
-        d_A += r * I;
+#pragma omp parallel num_threads(a->threads)
+    {
+        float C[MAX_LAYERS * MAX_RANK * OUTER] __attribute__((aligned(64)));
+#pragma omp for schedule(static)
+        for (long i = 0; i < I; i += share) {
+            long count = I - i < share ? I - i : share;
+            outer_block(a, a->dropout > 0, C, used, i, count, columns, x, x_stride, T);
+            float *at = d_A;
+            for (long l = 0; l < a->layers; l++)
+                for (long m = 0; m < a->ranks[l]; m++, at += I)
+                    memcpy(at + i, C + (a->low_at[l] + m) * OUTER, sizeof(float) * (size_t)count);
+        }
     }
 }
 
@@ -891,7 +922,7 @@ void lora_inputs(const Adapters *a, const bf16 *x, long x_stride, const bf16 *d_
 // A part is x [T, K] (row-major, K even) times w: [N, K] read across if `transposed` (y = x · wᵀ), else [K, N]. Panels
 // of w, 32 outputs wide, are laid out as pairs of inputs in a buffer that the second-level cache holds, and rows of x
 // walk past them. N is a multiple of 32, and so is K where `transposed`. No sum is split between threads.
-enum { MAX_PARTS = 4, PANEL = 32, PANEL_BYTES = 512 << 10 };
+enum { MAX_PARTS = 4, PANEL_BYTES = 512 << 10 };
 typedef struct {
     const bf16 *x, *w;
     long x_stride, w_stride, K, transposed;

@@ -23,6 +23,13 @@ _state = {"enabled": True}
 _long, _float, _int = ctypes.c_long, ctypes.c_float, ctypes.c_int
 
 
+_C_TYPES: dict[type, Any] = {type(None): ctypes.c_void_p, float: _float, int: _long}
+
+
+def _as_it_is(argument: Any) -> Any:
+    return argument
+
+
 class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in "qkv"),
@@ -73,18 +80,12 @@ def kernel(name: str, result: Any = _int) -> Any:
 
 def _call(name: str, *arguments: Any) -> int:
     """Call a kernel: tensors become pointers, Python numbers long or float; the number of threads is added."""
-    converted: list[Any] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            converted.append(ctypes.c_void_p(argument.data_ptr()))
-        elif argument is None:
-            converted.append(ctypes.c_void_p(None))
-        elif isinstance(argument, float):
-            converted.append(_float(argument))
-        elif isinstance(argument, int):
-            converted.append(_long(argument))
-        else:
-            converted.append(argument)
+    converted = [
+        ctypes.c_void_p(argument.data_ptr())
+        if isinstance(argument, Tensor)
+        else _C_TYPES.get(type(argument), _as_it_is)(argument)
+        for argument in arguments
+    ]
     return int(kernel(name)(*converted, _int(torch.get_num_threads())))
 
 
@@ -166,13 +167,20 @@ def cross_entropy(
 
 
 def rotate(
-    tensor_TO: Tensor, head_size: int, rotary: tuple[Tensor, Tensor], *, sign: float, scale: float
+    query_TO: Tensor,
+    key_TO: Tensor,
+    head_size: int,
+    rotary: tuple[Tensor, Tensor],
+    *,
+    sign: float,
+    scale: float,
 ) -> None:
-    """Rotate every head of `tensor_TO` in place (backwards with `sign` −1) and multiply by `scale`."""
+    """Rotate every head of both in place (backwards with `sign` −1) and multiply the queries by `scale`."""
     cosine_Th, sine_Th = rotary
     _call(
-        "rotate", tensor_TO, row_stride(tensor_TO), tensor_TO.shape[1] // head_size, head_size,
-        cosine_Th, sine_Th, cosine_Th.shape[1], float(sign), float(scale), tensor_TO.shape[0],
+        "rotate", query_TO, row_stride(query_TO), query_TO.shape[1] // head_size,
+        key_TO, row_stride(key_TO), key_TO.shape[1] // head_size, head_size,
+        cosine_Th, sine_Th, cosine_Th.shape[1], float(sign), float(scale), query_TO.shape[0],
     )  # fmt: skip
 
 
