@@ -839,8 +839,8 @@ static void outer_block(const Adapters *a, int drop, float *C, long M, long colu
 
 // Columns that a thread takes at a time: about the same number each time, for as many times as there are threads.
 INLINE long outer_share(long columns, int threads) {
-    long shares = up_to((columns + OUTER - 1) / OUTER, threads);
-    return up_to((columns + shares - 1) / shares, PANEL);
+    long shares = up_to((columns > 0 ? columns + OUTER - 1 : OUTER) / OUTER, threads);
+    return columns > 0 ? up_to((columns + shares - 1) / shares, PANEL) : PANEL;
 }
 
 // [T, width] → pairs of neighbouring rows for each column: out[width][ceil(T / 2)].
