@@ -115,7 +115,7 @@ class TrainingConfig(Section):
     native_kernels: bool = Field(
         True,
         description=(
-            "On processors with AVX512-BF16 and a C compiler, compile the fused step's small parts once (bf16 only); "
+            "On processors with AVX512-BF16 and a C compiler, compile the fused step's kernels once (bf16 only); "
             "False uses torch operators."
         ),
     )
