@@ -22,7 +22,13 @@ from ollatune.modeling.fast.forward import (
 )
 from ollatune.modeling.fast.segments import Segment
 from ollatune.modeling.load import load_base_model
-from ollatune.modeling.lora import LoRASettings, inject_lora, lora_layers, trainable_parameters
+from ollatune.modeling.lora import (
+    LoRALinear,
+    LoRASettings,
+    inject_lora,
+    lora_layers,
+    trainable_parameters,
+)
 from tests.run_helpers import (
     assert_same_weights,
     inject,
@@ -109,6 +115,23 @@ def test_compiled_layers_are_the_layers(
         for m in (plain, compiled)
     ]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_adapter_has_its_scale(dtype: torch.dtype) -> None:
+    """With and without gradient, by the definition in fp64; the adapter's part is as large as the base's."""
+    base = nn.Linear(576, 576, bias=False).to(dtype).requires_grad_(False)
+    layer = LoRALinear(base, 8, 24.0)
+    layer.lora_B.data.normal_(0, 0.1)
+    compiled = torch.compile(lambda values: layer(values), dynamic=True)
+    inputs = torch.randn(61, 576).to(dtype)
+    low = inputs.double() @ layer.lora_A.double().T @ layer.lora_B.double().T
+    wanted = (inputs.double() @ base.weight.double().T + 3.0 * low).to(dtype)
+    close = 1e-4 if dtype == torch.float32 else 3e-2
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(inputs), wanted, rtol=close, atol=close)
+    torch.testing.assert_close(compiled(inputs), wanted, rtol=close, atol=close)
 
 
 @pytest.mark.slow

@@ -161,10 +161,13 @@ class LoRALinear(nn.Module):
         return output * gain_O if bias is None else (output - bias) * gain_O + bias
 
     def _plain(self, lora_inputs: Tensor, inputs: Tensor) -> Tensor:
-        """What `_LoRAFunction` computes, in operators that torch's compiler knows."""
+        """What `_LoRAFunction` computes, in operators that torch's compiler knows.
+
+        Not `torch.add(…, alpha=scale)`: compiled, torch 2.13 loses a scale that is an attribute.
+        """
         A, B = self.lora_A.to(inputs.dtype), self.lora_B.to(inputs.dtype)
         low = functional.linear(functional.linear(lora_inputs, A), B)
-        return torch.add(frozen_forward(self.base, inputs), low, alpha=self.scale)
+        return frozen_forward(self.base, inputs) + low * self.scale
 
     @torch.no_grad()
     def _merged_norms(self) -> Tensor:
