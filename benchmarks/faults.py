@@ -46,7 +46,7 @@ GOALS: dict[str, tuple[Callable[[World, int, random.Random], str], int]] = {
     "stop at every step": (running.stop_at_every_step, 2 * NUM_STEPS),
     "disk full": (storage.disk_full, 20),
     "signals": (interrupting.signals, 50),
-    "not finite": (running.not_finite, 30),
+    "not finite and loss spikes": (running.not_finite, 30),
     "out of memory": (running.out_of_memory, 20),
     "lock races": (running.lock_races, 50),
     "places that cannot be written": (places.denied, len(places.DENIED)),

@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 DRIFT: tuple[tuple[str, str], ...] = (
     ("free", "training.keep_checkpoints=5"),
     ("free", "training.on_non_finite=skip"),
+    ("free", "training.on_loss_spike=skip"),
     ("free", "validation.batch_size=1"),
     ("free", "training.evaluate_every_steps=3"),
     ("free", "training.activation_checkpointing=true"),

@@ -13,18 +13,21 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.faulting.world import (
+    LONG_STEPS,
     METHODS,
     NUM_STEPS,
     SAVE_EVERY,
     SAVE_POINTS,
     World,
     after,
+    end_of,
     start,
     wait,
 )
 from tests.run_helpers import steps_of
 
 from ollatune.checkpoint.format import read_checkpoint
+from ollatune.training.spikes import MIN_STEPS
 
 
 def kill_anywhere(world: World, attempt: int, rng: random.Random) -> str:
@@ -89,22 +92,27 @@ def kill_between_operations(world: World, attempt: int, rng: random.Random) -> s
 
 
 def not_finite(world: World, attempt: int, rng: random.Random) -> str:
-    """NaN as loss or infinity as gradient, at a random step, under stop, skip and rollback."""
+    """NaN as loss, infinity as gradient or a loss spike, at a random step, under stop, skip and rollback."""
     action = ("stop", "skip", "rollback")[attempt % 3]
-    at = rng.randint(1, NUM_STEPS)
+    point = ("train.loss:nan", "train.gradient:nan", "train.loss_spike:spike")[attempt // 3 % 3]
+    is_spike = point == "train.loss_spike:spike"
+    method, num_steps = ("long", LONG_STEPS) if is_spike else ("lora", NUM_STEPS)
+    at = rng.randint(MIN_STEPS + 1 if is_spike else 1, num_steps)
+    if method not in world.references:
+        world.add_reference(method)
     output = world.new_output()
-    setting = ("--set", f"training.on_non_finite={action}")
-    point = ("train.loss", "train.gradient")[attempt // 3 % 2]
-    code = wait(start(world.command("lora", output, *setting), faults=f"{point}:nan@{at}"))
+    setting = ("--set", f"training.{'on_loss_spike' if is_spike else 'on_non_finite'}={action}")
+    code = wait(start(world.command(method, output, *setting), faults=f"{point}@{at}"))
     if action == "stop" or (action == "rollback" and at <= SAVE_EVERY):
-        return world.goes_on("lora", output, *setting) if code == 6 else f"exit code {code}, not 6"
+        return world.goes_on(method, output, *setting) if code == 6 else f"exit code {code}, not 6"
     if code != 0:
         return f"exit code {code}"
     values = json.loads((output / "run.json").read_text())
-    if values["steps"] != NUM_STEPS or values["skipped_steps"] + values["rollbacks"] != 1:
+    if values["steps"] != num_steps or values["skipped_steps"] + values["rollbacks"] != 1:
         return f"{values['steps']} steps, {values['skipped_steps']} skipped"
-    finite = read_checkpoint(output / "checkpoints" / "epoch_2.pt").is_finite()
-    return "" if finite else "weights are not finite"
+    if values["loss_spikes"] != is_spike:
+        return f"{values['loss_spikes']} loss spikes"
+    return "" if read_checkpoint(end_of(output)).is_finite() else "weights are not finite"
 
 
 def out_of_memory(world: World, attempt: int, rng: random.Random) -> str:

@@ -25,6 +25,8 @@ METHODS = {
     "packed": ["--set", "model.quantization=as-served"],
     "bf16": ["--set", "model.dtype=bf16"],  # with the compiled kernels, where they can be had
 }
+LONG = ["--batch-size", "1", "--epochs", "5"]
+"""For what needs more steps: LONG_STEPS, under the name `long`."""
 SAVE_POINTS = (
     "save.before_best",
     "save.before_checkpoint",
@@ -32,6 +34,7 @@ SAVE_POINTS = (
     "train.boundary",
 )
 NUM_STEPS = 8
+LONG_STEPS = 40
 SAVE_EVERY = 2
 
 
@@ -43,7 +46,7 @@ class World:
         self.data = write_records(folder / "data", train=8, validation=2, test=0)
         dense = tiny_base(folder / "dense")
         packed = tiny_base(folder / "packed", tensor_type="Q8_0")
-        self.bases = {"lora": dense, "full": dense, "packed": packed, "bf16": dense}
+        self.bases = {"long": dense, "lora": dense, "full": dense, "packed": packed, "bf16": dense}
         self.other_base = tiny_base(folder / "other", seed=5)
         self.other_data = write_records(folder / "other-data", train=9, validation=2, test=0)
         self.references: dict[str, Path] = {}
@@ -51,12 +54,16 @@ class World:
         self.seconds = 1.0
         self._count = 0
         for method in METHODS:
-            output = self.new_output()
             started = time.perf_counter()
-            code = wait(start(self.command(method, output)))
-            assert code == 0, (output / "log").read_text()
+            self.add_reference(method)
             self.seconds = time.perf_counter() - started
-            self.references[method] = output
+
+    def add_reference(self, method: str) -> None:
+        """Run `method` uninterrupted, for others to be compared with."""
+        output = self.new_output()
+        code = wait(start(self.command(method, output)))
+        assert code == 0, (output / "log").read_text()
+        self.references[method] = output
 
     def new_output(self) -> Path:
         self._count += 1
@@ -73,7 +80,7 @@ class World:
         return train_command(
             self.bases[method], self.data, output, "--gradient-accumulation-steps", "1",
             "--set", f"training.checkpoint_every_steps={SAVE_EVERY}",
-            "--set", "validation.samples=0", *METHODS[method], *more,
+            "--set", "validation.samples=0", *(METHODS | {"long": LONG})[method], *more,
         )  # fmt: skip
 
     def goes_on(self, method: str, output: Path, *more: str) -> str:
@@ -93,17 +100,19 @@ class World:
         reference = self.references[method]
         if steps_of(output) != steps_of(reference):
             return "other losses"
-        mine, theirs = (
-            state_of(read_checkpoint(folder / "checkpoints" / "epoch_2.pt"))
-            for folder in (output, reference)
-        )
+        mine, theirs = (state_of(read_checkpoint(end_of(folder))) for folder in (output, reference))
         return "" if same(mine, theirs) else "another final state"
+
+
+def end_of(output: Path) -> Path:
+    """The checkpoint of the last epoch."""
+    return max((output / "checkpoints").glob("epoch_*.pt"))
 
 
 def state_of(checkpoint: Checkpoint) -> list[Any]:
     return [
         checkpoint.model_state_dict, checkpoint.optimizer_state_dict, checkpoint.resume["state"],
-        checkpoint.resume["random"], checkpoint.val_loss,
+        checkpoint.resume["random"], checkpoint.resume["loss_spikes"], checkpoint.val_loss,
     ]  # fmt: skip
 
 

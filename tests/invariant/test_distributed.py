@@ -99,6 +99,18 @@ def test_non_finite_and_out_of_memory_on_one_process(
 
 
 @pytest.mark.slow
+def test_a_loss_spike_on_one_process_is_one_on_all(base: Path, data: Path, tmp_path: Path) -> None:
+    more = (*NO_DROPOUT, "--epochs", "5", "--set", "training.on_loss_spike=rollback")
+    more += ("--set", "training.checkpoint_every_steps=5")
+    command = with_sizes(train_command(base, data, tmp_path / "out", *more), 1, 1)
+    results = launch(2, command, faults={1: "train.loss_spike:spike@37"})
+    assert [code for code, _ in results] == [0, 0], results
+    values = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (values["steps"], values["loss_spikes"], values["rollbacks"]) == (45, 1, 1)
+    assert sum("Loss spike at step 37: loss " in error for _, error in results) == 1
+
+
+@pytest.mark.slow
 def test_different_data_is_noticed_before_the_first_step(base: Path, tmp_path: Path) -> None:
     """As on two machines with another copy each: the same relative path, from two folders."""
     for number in range(2):

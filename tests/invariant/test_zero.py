@@ -88,6 +88,7 @@ def test_a_missing_extra_names_the_line_that_installs_it(
         ("fsdp", "training.batch_size=auto", "cannot be measured"),
         ("fsdp", "training.optimizer=adafactor", "does not work on sharded weights"),
         ("deepspeed", "training.on_non_finite=skip", "does not work with DeepSpeed"),
+        ("deepspeed", "training.on_loss_spike=rollback", "on_loss_spike: rollback does not work"),
     ],
 )
 def test_what_a_backend_cannot_do_is_refused_before_the_run(

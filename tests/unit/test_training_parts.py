@@ -228,6 +228,7 @@ def test_a_checkpoint_renamed_but_not_yet_in_the_index_is_the_newest(tmp_path: P
         ("free", "training", "keep_checkpoints", 9),
         ("free", "training", "max_steps", 5),
         ("free", "training", "on_non_finite", "skip"),
+        ("free", "training", "on_loss_spike", "off"),
         ("free", "training", "overfitting_patience", None),
         ("free", "validation", "batch_size", 1),
         ("free", "output", "logs", "elsewhere"),

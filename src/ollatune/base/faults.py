@@ -1,7 +1,7 @@
 """Named points where tests can make a process fail. Without OLLATUNE_FAULT in the environment they do nothing.
 
 `OLLATUNE_FAULT="train.step:kill@3,train.loss:nan@5"` kills the process the third time `train.step` is reached, and
-makes the fifth `train.loss` report NaN. Actions: kill, terminate, interrupt, nan, oom, enospc.
+makes the fifth `train.loss` report NaN. Actions: kill, terminate, interrupt, nan, spike, oom, enospc.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ _FAULTS = _parse(os.environ.get("OLLATUNE_FAULT", ""))
 
 
 def fault_point(name: str) -> bool:
-    """True when a `nan` fault is due here. Other due faults kill the process, send a signal or raise."""
+    """True when a `nan` or `spike` fault is due here: the caller spoils its numbers.
+
+    Other due faults kill the process, send a signal or raise.
+    """
     due = []
     for fault in _FAULTS.get(name, ()):
         fault.seen += 1
         if fault.seen == fault.at:
             due.append(fault)
     for fault in due:
-        if fault.action == "nan":
+        if fault.action in ("nan", "spike"):
             return True
         if fault.action == "oom":
             raise MemoryError("injected: out of memory")

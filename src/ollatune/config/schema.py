@@ -152,6 +152,13 @@ class TrainingConfig(Section):
     on_non_finite: Literal["stop", "skip", "rollback"] = Field(
         "stop", description="What to do, before any update, when loss or gradient is not finite."
     )
+    on_loss_spike: Literal["off", "warn", "stop", "skip", "rollback"] = Field(
+        "warn",
+        description=(
+            "What to do when a step's loss is more than 6 standard deviations above the mean of the last 128 steps; "
+            "all but `warn` and `off` act before the update, as `on_non_finite` does."
+        ),
+    )
     overfitting_patience: PositiveInt | None = Field(
         2,
         description="Validations with rising validation loss and falling training loss before a warning; None is off.",

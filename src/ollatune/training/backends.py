@@ -51,12 +51,17 @@ def require_backend(config: Config, *, distributed: bool) -> None:
         )
     if backend == "deepspeed" and config.model.dtype == "fp16":
         raise _no_fp16()
-    if backend == "deepspeed" and training.on_non_finite != "stop":
-        raise UsageError(
-            f"training.on_non_finite: {training.on_non_finite} does not work with DeepSpeed: "
-            "gradients it has taken over cannot be taken back.",
-            hint="Use stop, or distributed.backend: fsdp.",
-        )
+    if backend == "deepspeed":
+        for key, value in (
+            ("on_non_finite", training.on_non_finite),
+            ("on_loss_spike", training.on_loss_spike),
+        ):
+            if value in ("skip", "rollback"):
+                raise UsageError(
+                    f"training.{key}: {value} does not work with DeepSpeed: "
+                    "gradients it has taken over cannot be taken back.",
+                    hint="Use stop, or distributed.backend: fsdp.",
+                )
 
 
 def require_dtype(config: Config, dtype: str, processes: Processes) -> None:

@@ -40,6 +40,7 @@ from ollatune.training.optimizer import build_optimizer
 from ollatune.training.placement import Placement
 from ollatune.training.reports import Hooks
 from ollatune.training.schedule import Schedule
+from ollatune.training.spikes import SpikeWatch
 from ollatune.training.state import RunState, seed_everything
 from ollatune.training.stopping import EarlyStopping, OverfittingWatch
 from ollatune.training.teaching import make_step_function
@@ -284,6 +285,7 @@ def build_run(
         overfitting=OverfittingWatch(
             config.training.overfitting_patience, config.training.overfitting_gap
         ),
+        spikes=SpikeWatch(),
         hooks=hooks,
         processes=processes,
         device=placement.device,

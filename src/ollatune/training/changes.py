@@ -11,6 +11,7 @@ from ollatune.base.log import get_logger
 FREE_KEYS = (
     "training.keep_checkpoints", "training.checkpoint_every_steps", "training.evaluate_every_steps",
     "training.early_stopping_patience", "training.early_stopping_min_delta", "training.on_non_finite",
+    "training.on_loss_spike",
     "training.overfitting_patience", "training.overfitting_gap",
     "training.overfitting_raise_dropout", "training.max_steps",
     "validation.", "export.", "ollama.", "output.", "distributed.",

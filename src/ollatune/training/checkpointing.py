@@ -53,6 +53,7 @@ def make_checkpoint(
             "early_stopping": run.early_stopping.state(),
             "loss_scale": run.loss_scale.state(),
             "overfitting": run.overfitting.state(),
+            "loss_spikes": run.spikes.state(),
             "dropout": [layer.dropout for layer in lora_layers(run.model).values()],
             "data_digest": identity.data_digest,
             "overrides": identity.overrides,
@@ -80,6 +81,8 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
     run.overfitting.load(checkpoint.resume["overfitting"])
     if "loss_scale" in checkpoint.resume:
         run.loss_scale.load(checkpoint.resume["loss_scale"])
+    if "loss_spikes" in checkpoint.resume:
+        run.spikes.load(checkpoint.resume["loss_spikes"])
     for layer, dropout in zip(
         lora_layers(run.model).values(), checkpoint.resume["dropout"], strict=False
     ):

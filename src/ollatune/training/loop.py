@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from ollatune.base.errors import DivergedError, Interrupted, OutOfMemoryError
+from ollatune.base.errors import Interrupted, OutOfMemoryError
 from ollatune.base.faults import fault_point
 from ollatune.base.log import get_logger
 from ollatune.config.schema import Config
@@ -26,11 +26,13 @@ from ollatune.data.loader import BatchLoader, Step
 from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.lora import lora_layers
 from ollatune.training.distributed import Processes
+from ollatune.training.divergence import handle_divergence, watch_spikes
 from ollatune.training.interrupts import StopRequest, stopped_before_training
 from ollatune.training.loss_scale import LossScale
 from ollatune.training.memory_faults import OUT_OF_MEMORY_HINT, is_out_of_memory
 from ollatune.training.reports import (
     Hooks,
+    LossSpikeError,
     MicroBatchSums,
     NonFiniteError,
     OverflowedError,
@@ -42,11 +44,9 @@ from ollatune.training.reports import (
 from ollatune.training.rows import row_of
 from ollatune.training.schedule import Schedule
 from ollatune.training.sharing import Sharing
+from ollatune.training.spikes import SpikeWatch
 from ollatune.training.state import RunState, seed_step
 from ollatune.training.stopping import EarlyStopping, OverfittingWatch
-
-MAX_SKIPS_IN_A_ROW = 3
-MAX_ROLLBACKS = 3
 
 
 @dataclass
@@ -61,6 +61,7 @@ class TrainingRun:
     early_stopping: EarlyStopping
     loss_scale: LossScale
     overfitting: OverfittingWatch
+    spikes: SpikeWatch
     hooks: Hooks
     processes: Processes
     device: torch.device
@@ -182,7 +183,7 @@ class TrainingRun:
         report: StepReport | None = None
         if step.position in self.state.skipped_positions:
             get_logger("training").warning(
-                "Step %d is left out: it was not finite before the roll-back.", self.state.step + 1
+                "Step %d is left out: the run was rolled back from it.", self.state.step + 1
             )
         else:
             while True:
@@ -192,8 +193,8 @@ class TrainingRun:
                 except OverflowedError:
                     self._shrink_loss_scale()
                     break
-                except NonFiniteError as error:
-                    if not self._handle_non_finite(step, str(error)):
+                except (NonFiniteError, LossSpikeError) as error:
+                    if not handle_divergence(self, step, error):
                         return False
                     break
                 except RanOutOfMemoryError as error:
@@ -225,10 +226,12 @@ class TrainingRun:
             raise OverflowedError
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(f"loss {mean_loss}, gradient norm {grad_norm}")
+        watch_spikes(self, mean_loss)
         rate = self.schedule.at(state.step) * state.learning_rate_factor
         with self.phases.phase("optimizer"):
             self.sharing.step(rate)
         self.loss_scale.went_well()
+        self.spikes.took(mean_loss)
         state.tokens += num_tokens
         state.targets += num_targets
         state.epoch_loss_sum += mean_loss * num_targets
@@ -274,6 +277,8 @@ class TrainingRun:
             sums.memory_error = error.with_traceback(None)  # its frames hold the activations
         if fault_point("train.loss"):
             sums.loss.fill_(math.nan)
+        if fault_point("train.loss_spike"):
+            sums.loss *= 1000
         if fault_point("train.gradient"):
             first = self.sharing.parameters[0]
             first.grad = torch.full_like(first, math.inf)
@@ -290,37 +295,6 @@ class TrainingRun:
         if ran_out:
             raise RanOutOfMemoryError from sums.memory_error
         return loss_sum, int(num_tokens), int(num_computed)
-
-    def _handle_non_finite(self, step: Step, what: str) -> bool:
-        """Apply `on_non_finite`; returns False when the state was rolled back (the step is not counted)."""
-        state, action = self.state, self.config.training.on_non_finite
-        where = f"step {state.step + 1}: {what}"
-        self.sharing.zero_grad()
-        if action == "skip" and state.skipped_in_a_row < MAX_SKIPS_IN_A_ROW:
-            state.skipped_in_a_row += 1
-            state.num_skipped += 1
-            get_logger("training").warning("Not finite at %s. The step is skipped.", where)
-            return True
-        if action == "rollback" and state.num_rollbacks < MAX_ROLLBACKS and state.last_saved_step:
-            get_logger("training").warning(
-                "Not finite at %s. Back to the last good checkpoint, with half the learning rate; "
-                "this step's batch is left out.",
-                where,
-            )
-            skipped = [*state.skipped_positions, step.position]
-            rollbacks, factor = state.num_rollbacks + 1, state.learning_rate_factor * 0.5
-            self.state = self.hooks.roll_back()
-            self.state.num_rollbacks = rollbacks
-            self.state.learning_rate_factor = factor
-            self.state.skipped_positions = skipped
-            return False
-        raise DivergedError(
-            f"Not finite at {where}. Nothing was updated; the weights are as before this step.",
-            hint=(
-                "Lower the learning rate, look at the data of this batch with `ollatune data`, or set "
-                "training.on_non_finite to skip or rollback; then --resume auto."
-            ),
-        )
 
     def _shrink_loss_scale(self) -> None:
         """The step changes nothing: its gradients, lifted by the loss scale, left fp16's range."""

@@ -64,7 +64,7 @@ def _run(run: TrainingRun) -> None:
 def _refuse() -> RunState:
     raise UsageError(
         "Nothing is saved while measuring, so nothing can be rolled back.",
-        hint="Measure with training.on_non_finite: stop.",
+        hint="Measure with training.on_non_finite: stop and training.on_loss_spike: warn.",
     )
 
 

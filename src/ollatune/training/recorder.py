@@ -11,7 +11,7 @@ from ollatune.base.log import get_logger
 from ollatune.training.loop import TrainingRun
 from ollatune.training.memory_summary import memory_by_part, memory_text
 from ollatune.training.progress import Progress
-from ollatune.training.reports import StepReport
+from ollatune.training.reports import SpikeReport, StepReport
 from ollatune.training.run_folder import MetricsLog, RunFolder, utc_now
 from ollatune.training.state import RunState
 from ollatune.training.validation import ValidationReport
@@ -83,6 +83,22 @@ class Recorder:
             report.token_accuracy, scores,
         )  # fmt: skip
 
+    def spike(self, state: RunState, report: SpikeReport) -> None:
+        """A loss spike was seen. After a roll-back the line belongs to the step that the run went back to."""
+        is_back = report.action == "rollback"
+        self.metrics.write(
+            {
+                "type": "loss_spike",
+                "step": state.step if is_back else report.at_step,
+                "at_step": report.at_step,
+                "epoch": state.epoch,
+                "loss": report.spike.loss,
+                "mean": report.spike.mean,
+                "sigma": report.spike.sigma,
+                "action": report.action,
+            }
+        )
+
     def rolled_back(self, run: TrainingRun) -> None:
         """Forget what was written after the step that `run` went back to."""
         self.close()
@@ -104,6 +120,7 @@ class Recorder:
             "stopped_early": state.stopped_early,
             "skipped_steps": state.num_skipped,
             "rollbacks": state.num_rollbacks,
+            "loss_spikes": state.num_spikes + state.num_spike_rollbacks,
             "overflows": state.num_overflows,
             "tokens": state.tokens,
             "target_tokens": state.targets,

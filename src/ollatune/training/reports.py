@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import record_function
 
+from ollatune.training.spikes import Spike
 from ollatune.training.state import RunState
 
 
@@ -33,6 +34,23 @@ class StepReport:
 
 class NonFiniteError(Exception):
     """Loss or gradient of the optimiser batch is NaN or infinite; nothing has been updated."""
+
+
+class LossSpikeError(Exception):
+    """The loss of the optimiser batch is a spike that is not only to be warned of; nothing has been updated."""
+
+    def __init__(self, spike: Spike) -> None:
+        super().__init__(str(spike))
+        self.spike = spike
+
+
+@dataclass(frozen=True)
+class SpikeReport:
+    """A spike at step `at_step`, and what was done about it: warn, skip, rollback or stop."""
+
+    spike: Spike
+    action: str
+    at_step: int
 
 
 class OverflowedError(Exception):
@@ -85,3 +103,4 @@ class Hooks:
     validate: Callable[[RunState], float | None]
     save: Callable[[RunState, str, bool], None]
     roll_back: Callable[[], RunState]
+    on_spike: Callable[[RunState, SpikeReport], None] = lambda state, report: None

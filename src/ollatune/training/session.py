@@ -67,7 +67,7 @@ from ollatune.training.memory_summary import memory_by_part, memory_text
 from ollatune.training.placement import Placement, choose_mode
 from ollatune.training.profiling import StepProfiler
 from ollatune.training.recorder import Recorder
-from ollatune.training.reports import Hooks, StepReport
+from ollatune.training.reports import Hooks, SpikeReport, StepReport
 from ollatune.training.run_folder import RunFolder, new_run_id, utc_now
 from ollatune.training.state import RunState
 from ollatune.training.teaching import open_teacher
@@ -282,7 +282,7 @@ class Session:
         )
 
     def _hooks(self) -> Hooks:
-        return Hooks(self._on_step, self._validate, self._save, self._roll_back)
+        return Hooks(self._on_step, self._validate, self._save, self._roll_back, self._on_spike)
 
     def _loop(self, run: TrainingRun) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
@@ -306,6 +306,10 @@ class Session:
             log_gradients(self.run_state.model)
         if self.profiler is not None:
             self.profiler.step(report)
+
+    def _on_spike(self, state: RunState, report: SpikeReport) -> None:
+        if self.recorder is not None:
+            self.recorder.spike(state, report)
 
     def _validate(self, state: RunState) -> float | None:
         if self.validator is None:

@@ -24,10 +24,11 @@ class RunState:
         split: parts that each micro-batch is cut into; doubled when memory runs out.
         epoch_loss_sum, epoch_targets: training loss of the epoch in progress.
         tokens, targets: computed and trained tokens so far.
-        skipped_in_a_row: non-finite steps skipped one after another; num_skipped: all of them.
+        skipped_in_a_row: steps skipped one after another, not finite or spikes; num_skipped: all of them.
+        num_spikes: loss spikes that were warned of or skipped; num_spike_rollbacks: those rolled back from.
         num_overflows: steps skipped because a scaled gradient left fp16's range.
         learning_rate_factor: lowered by roll-backs.
-        skipped_positions: where the steps begin that were not finite before a roll-back.
+        skipped_positions: where the steps begin that a roll-back left out.
         last_saved_step: the step of the newest checkpoint; 0 before the first.
     """
 
@@ -42,6 +43,8 @@ class RunState:
     skipped_in_a_row: int = 0
     num_skipped: int = 0
     num_rollbacks: int = 0
+    num_spikes: int = 0
+    num_spike_rollbacks: int = 0
     num_overflows: int = 0
     learning_rate_factor: float = 1.0
     train_loss: float | None = None
