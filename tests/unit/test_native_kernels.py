@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -468,6 +470,29 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert loaded.library is None
     assert loaded.reason == f"{compiler} failed: no luck"
     assert not list((tmp_path / "native").iterdir())
+
+
+def test_a_change_in_any_file_is_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def compile_nothing(command: list[str]) -> None:
+        Path(command[command.index("-o") + 1]).touch()
+
+    included = re.findall(r'#include "(.+)"', "".join(path.read_text() for path in build.SOURCES))
+    assert {path.name for path in build.SOURCES} == {"kernels.c", *included}
+    copies = [tmp_path / path.name for path in build.SOURCES]
+    for source, copy in zip(build.SOURCES, copies, strict=True):
+        shutil.copy(source, copy)
+    monkeypatch.setattr(build, "SOURCES", copies)
+    monkeypatch.setattr(build, "_run", compile_nothing)
+    monkeypatch.setattr(build, "_openmp_runtime", lambda: None)
+    monkeypatch.setattr(build, "user_cache_folder", lambda: tmp_path)
+    seen = {build._compiled([sys.executable], "")}
+    assert seen == {build._compiled([sys.executable], "")}
+    for copy in copies:
+        copy.write_text(copy.read_text() + "\n")
+        seen.add(build._compiled([sys.executable], ""))
+    assert len(seen) == 1 + len(copies)
 
 
 @needs_kernels

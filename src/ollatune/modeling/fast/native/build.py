@@ -1,4 +1,4 @@
-"""Compiles `kernels.c` once for this processor and loads it.
+"""Compiles `kernels.c` and the files that it includes once for this processor and loads it.
 
 A C compiler is asked for, not required: without one, or on another kind of processor, `load_library` says why and the
 caller uses torch operators. The compiled file lies in the user cache under a name made of everything it depends on.
@@ -22,6 +22,8 @@ from ollatune.base.folders import user_cache_folder
 from ollatune.base.processor import processor_flags
 
 SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = sorted(path for path in SOURCE.parent.iterdir() if path.suffix in (".c", ".h"))
+"""All that it is made of."""
 _FLAGS = (
     "-std=gnu11",
     "-O3",
@@ -79,7 +81,7 @@ def _compiled(compiler: list[str], processor_flags: str) -> Path:
     runtime = _openmp_runtime()
     stat = os.stat(compiler[0])
     parts = (
-        SOURCE.read_bytes(),
+        *(path.read_bytes() for path in SOURCES),
         f"{compiler} {stat.st_size} {stat.st_mtime_ns} {_FLAGS} {runtime} {processor_flags}".encode(),
     )
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]

@@ -1,4 +1,4 @@
-"""The compiled kernels as functions of tensors. Formulas and shapes are in `kernels.c`.
+"""The compiled kernels as functions of tensors. Formulas and shapes are in the C files beside it.
 
 `usable` says whether a tensor is one that they take; everything here expects that it has been asked.
 """

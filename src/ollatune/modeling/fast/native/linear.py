@@ -1,5 +1,5 @@
 """Products with frozen weights through the compiled kernels, with all that can be done while a sum is in registers:
-adapters and their dropout, bias, residual, gated activation. Formulas are in `kernels.c`.
+adapters and their dropout, bias, residual, gated activation. Formulas are in `linear.c`.
 
 Shapes: T positions, I inputs, O outputs of one layer, F = O of gate and up, R low-rank values.
 """
