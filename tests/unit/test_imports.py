@@ -54,7 +54,7 @@ def test_a_collector_that_is_off_stays_off() -> None:
 def test_training_imports_no_tables_plots_or_compiler_of_its_own() -> None:
     """What a run on JSON lines does not use is not imported before its model is."""
     script = (
-        "import sys, ollatune.training.session; "
+        "import sys, ollatune.training.session, ollatune.modeling.fast.forward; "
         "print([m for m in ('pyarrow', 'matplotlib', 'transformers', 'accelerate', 'peft', 'torch._dynamo') "
         "if m in sys.modules])"
     )

@@ -79,20 +79,24 @@ def _cpu_has_bf16() -> bool:
 
 
 def _measured_bf16_gain() -> float:
+    """Measured on one core in its own processor time, in turn: what else the machine does must not decide."""
     rows, inner, columns = _PROBE_SHAPE
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs, weight = (
-            torch.ones(rows, inner, dtype=dtype),
-            torch.ones(columns, inner, dtype=dtype),
-        )
-        best = float("inf")
+    operands = {
+        dtype: (torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    seconds = dict.fromkeys(operands, float("inf"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         for _ in range(6):
-            started = time.perf_counter()
-            functional.linear(inputs, weight)
-            best = min(best, time.perf_counter() - started)
-        seconds[dtype] = best
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+            for dtype, (inputs, weight) in operands.items():
+                started = time.thread_time()
+                functional.linear(inputs, weight)
+                seconds[dtype] = min(seconds[dtype], time.thread_time() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return seconds[torch.float32] / max(seconds[torch.bfloat16], 1e-9)
 
 
 def configure_threads() -> int:

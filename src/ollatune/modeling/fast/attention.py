@@ -6,6 +6,7 @@ the model's forward passes it through to here as a keyword argument, so that eve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def segment_attention(
     }
     if isinstance(segment_lengths, Tensor):
         with torch._dynamo.error_on_graph_break(False):
-            return _uncompiled(query, key, value, segment_lengths, settings), None
+            return _interruption["attend"](query, key, value, segment_lengths, settings), None
     if segment_lengths is None or len(segment_lengths) == 1:
         return attend(query, key, value, **settings).transpose(1, 2), None
     return _attend_segments(query, key, value, segment_lengths, settings), None
@@ -79,12 +80,19 @@ def _attend_segments(
     return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _uncompiled(
+def _attend_uncompiled(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, settings: dict[str, Any]
 ) -> Tensor:
     """Segments are data to the compiler, not shapes: it would compile again for every number and length of them."""
     return _attend_segments(query, key, value, lengths.tolist(), settings)
+
+
+_interruption: dict[str, Callable[..., Tensor]] = {"attend": _attend_uncompiled}
+
+
+def interrupt_compiled_layers() -> None:
+    """Keep the attention of compiled layers out of what is compiled. Loads torch's compiler, which is large."""
+    _interruption["attend"] = torch.compiler.disable(_attend_uncompiled)
 
 
 def attend(

@@ -54,8 +54,13 @@ def _base(layer: nn.Module) -> nn.Module:
 
 
 def fuse_weights(group: LinearGroup) -> None:
-    """Lay the group's dense weights out one after another, so that they are one matrix; no extra memory is kept."""
+    """Lay the group's dense weights out one after another, so that they are one matrix; no extra memory is kept.
+
+    Not for the compiled kernels, which read each where it is.
+    """
     bases = [_base(layer) for layer in group.layers]
+    if native.available() and all(p.dtype is torch.bfloat16 for b in bases for p in b.parameters()):
+        return
     if len(bases) < 2 or not all(isinstance(base, nn.Linear) for base in bases):
         return
     linears = cast(list[nn.Linear], bases)

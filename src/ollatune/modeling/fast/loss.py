@@ -17,9 +17,7 @@ from ollatune.modeling.fast.native import linear as native_linear
 from ollatune.modeling.lora import frozen_backward, frozen_forward
 
 CHUNK_LOGITS = 16 << 20
-"""Logits computed at a time; 16 Mi of fp32 is 64 MiB."""
-_NATIVE_FACTOR = 2
-"""The compiled kernel works in place on bf16: as many bytes hold twice the logits, and there are no copies."""
+"""Logits computed at a time; 16 Mi of fp32 is 64 MiB, of bf16 32 MiB."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,7 @@ class _HeadLoss(torch.autograd.Function):
         )
         total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         vocabulary = cast(int, cast(Any, head).out_features)
-        is_native = lesson is None and native.usable(hidden_ND)
-        rows = _chunk_rows(hidden_ND, vocabulary, is_native=is_native)
+        rows = _chunk_rows(hidden_ND, vocabulary)
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
             chunk_nD = hidden_ND[part]
@@ -102,6 +99,7 @@ class _HeadLoss(torch.autograd.Function):
                 )
             if gradient_VD is not None:
                 gradient_VD.addmm_(gradient_nV.float().T, chunk_nD.float())
+            del gradient_nV  # before the next chunk's logits
         ctx.save_for_backward(gradient_ND, gradient_VD)
         ctx.weight_dtype = weight_VD.dtype if weight_VD is not None else None
         return total.to(torch.float32)
@@ -119,10 +117,10 @@ def _logits(head: nn.Module, hidden_nD: Tensor) -> Tensor:
     return frozen_forward(head, hidden_nD) if found is None else found
 
 
-def _chunk_rows(hidden_ND: Tensor, vocabulary: int, *, is_native: bool) -> int:
+def _chunk_rows(hidden_ND: Tensor, vocabulary: int) -> int:
     """Positions computed at a time: as many as fit, in chunks of about equal size."""
     count = hidden_ND.shape[0]
-    largest = max(1, CHUNK_LOGITS * (_NATIVE_FACTOR if is_native else 1) // vocabulary)
+    largest = max(1, CHUNK_LOGITS // vocabulary)
     chunks = max(1, -(-count // largest))
     return max(1, -(-count // chunks))
 
@@ -222,7 +220,7 @@ def head_evaluate(
     """Loss sum without smoothing, and how many targets are the likeliest token."""
     plain = HeadSettings(settings.softcap)
     vocabulary = cast(int, cast(Any, head).out_features)
-    rows = _chunk_rows(hidden_ND, vocabulary, is_native=native.usable(hidden_ND))
+    rows = _chunk_rows(hidden_ND, vocabulary)
     loss_sum, num_correct = 0.0, 0
     for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
         logits_nV = _logits(head, hidden)
