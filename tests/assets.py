@@ -147,17 +147,24 @@ def _fetched(target: Path, fetch: Callable[[Path], None]) -> Path:
     pytest.skip(f"cannot fetch {target.name}: {_failures[target.name]}")
 
 
+def _downloaded(requirement: str, folder: str, file: str, sha256: str, *kind: str) -> Path:
+    """`file` of one package from PyPI in `folder`, held to its digest; `kind`: which of its archives pip may take."""
+    _run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+         "--no-deps", *kind, "--dest", folder, requirement]
+    )  # fmt: skip
+    archive = Path(folder) / file
+    if (digest := sha256_file(archive)) != sha256:
+        raise _Unavailable(f"{file} has sha256 {digest}, expected {sha256}")
+    return archive
+
+
 def _fetch_llama_cpp_models(staging: Path) -> None:
     archive = assets_folder() / SDIST_FILE
     with tempfile.TemporaryDirectory(prefix="ollatune-") as folder:
         if not (archive.is_file() and sha256_file(archive) == SDIST_SHA256):
-            _run(
-                [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-                 "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, SDIST_REQUIREMENT]
-            )  # fmt: skip
-            archive = Path(folder) / SDIST_FILE
-            if (digest := sha256_file(archive)) != SDIST_SHA256:
-                raise _Unavailable(f"{SDIST_FILE} has sha256 {digest}, expected {SDIST_SHA256}")
+            kind = ("--no-binary", "llama-cpp-python")
+            archive = _downloaded(SDIST_REQUIREMENT, folder, SDIST_FILE, SDIST_SHA256, *kind)
         (staging / "templates").mkdir()
         (staging / "src").mkdir()
         with tarfile.open(archive) as tar:
@@ -174,13 +181,8 @@ def _fetch_llama_cpp_models(staging: Path) -> None:
 
 def _fetch_mistral_models(staging: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ollatune-") as folder:
-        _run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-             "--no-deps", "--only-binary", ":all:", "--dest", folder, MISTRAL_REQUIREMENT]
-        )  # fmt: skip
-        archive = Path(folder) / MISTRAL_FILE
-        if (digest := sha256_file(archive)) != MISTRAL_SHA256:
-            raise _Unavailable(f"{MISTRAL_FILE} has sha256 {digest}, expected {MISTRAL_SHA256}")
+        kind = ("--only-binary", ":all:")
+        archive = _downloaded(MISTRAL_REQUIREMENT, folder, MISTRAL_FILE, MISTRAL_SHA256, *kind)
         with zipfile.ZipFile(archive) as wheel:
             for file in MISTRAL_MODELS.values():
                 (staging / file).write_bytes(wheel.read(f"mistral_common/data/{file}"))

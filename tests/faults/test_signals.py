@@ -22,23 +22,11 @@ from tests.run_helpers import (
     inject,
     run,
     steps_of,
-    tiny_base,
     train_command,
-    write_records,
 )
 
 Capture = pytest.CaptureFixture[str]
 BOTH = pytest.mark.parametrize(("action", "code"), [("interrupt", 130), ("terminate", 143)])
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=8, validation=2, test=0)
 
 
 @pytest.fixture(scope="module")

@@ -36,21 +36,10 @@ from tests.run_helpers import (
     steps_of,
     tiny_base,
     train_command,
-    write_records,
 )
 from tests.tiny_models import tiny_gguf
 
 COMPILED = ("--set", "training.torch_compile=true", "--set", "model.quantization=none")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data"), train=8, validation=2, test=0)
 
 
 def row_of(*lengths: int) -> PackedRow:

@@ -24,6 +24,7 @@ from ollatune.base.log import get_logger
 from ollatune.modeling.fast.attention import interrupt_compiled_layers
 from ollatune.modeling.fast.forward import CausalStep, PackedRow, evaluation_mode
 from ollatune.modeling.fast.segments import Segment
+from ollatune.modeling.lora import lora_layers
 
 _VARIANTS = 64
 """Versions of one layer's code: training or not, kinds of attention, adapted or not."""
@@ -68,7 +69,8 @@ def compile_layers(model: nn.Module, *, recompute: bool) -> None:
     `recompute` keeps only each layer's input for the backward pass (activation checkpointing).
     """
     require_plain_weights(model)
-    if any(hasattr(m, "lora_A") and m.lora_A.dtype != _dtype(model) for m in model.modules()):
+    adapters = lora_layers(model).values()
+    if any(a.lora_A.dtype != cast(nn.Linear, a.base).weight.dtype for a in adapters):
         get_logger("training").warning(
             "Compiled layers in 16 bits report losses of a few hundredths too little while an adapter is small "
             "(torch 2.13); what is learned is the same. training.torch_compile: false reports them right."
@@ -82,10 +84,6 @@ def compile_layers(model: nn.Module, *, recompute: bool) -> None:
         interrupt_compiled_layers()
         for layer in cast(Any, model).model.layers:
             layer.forward = _CompiledForward(layer.forward, recompute=recompute)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for name, p in model.named_parameters() if "lora_" not in name)
 
 
 class _CompiledForward:

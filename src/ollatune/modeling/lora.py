@@ -196,6 +196,11 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
+def frozen_base(layer: nn.Module) -> nn.Module:
+    """The frozen layer below an adapter; a layer without one is its own."""
+    return layer.base if isinstance(layer, LoRALinear) else layer
+
+
 def _row_squared_norms(base: nn.Module) -> Tensor:
     weight = base.weight if isinstance(base, nn.Linear) else cast(Any, base).dequantized()
     return cast(Tensor, weight).float().square().sum(1)

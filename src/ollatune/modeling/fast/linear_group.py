@@ -20,7 +20,7 @@ from torch.nn import functional
 from ollatune.modeling.fast.native import kernels as native
 from ollatune.modeling.fast.native import linear as native_linear
 from ollatune.modeling.fast.native import lora as native_lora
-from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_forward
+from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_base, frozen_forward
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,17 @@ class LinearGroup:
         return max((a.dropout for a in self.adapters if a.training), default=0.0)
 
 
-def _base(layer: nn.Module) -> nn.Module:
-    return layer.base if isinstance(layer, LoRALinear) else layer
-
-
 def fuse_weights(group: LinearGroup) -> None:
     """Lay the group's dense weights out one after another, so that they are one matrix; no extra memory is kept.
 
     Not for the compiled kernels, which read each where it is.
     """
-    bases = [_base(layer) for layer in group.layers]
-    if native.available() and all(p.dtype is torch.bfloat16 for b in bases for p in b.parameters()):
-        return
+    bases = [frozen_base(layer) for layer in group.layers]
     if len(bases) < 2 or not all(isinstance(base, nn.Linear) for base in bases):
         return
     linears = cast(list[nn.Linear], bases)
+    if group.plan.fits(linears[0].weight):
+        return
     joined = torch.cat([linear.weight.data for linear in linears])
     offset = 0
     for linear in linears:
@@ -73,7 +69,7 @@ def fuse_weights(group: LinearGroup) -> None:
 
 def _fused_weight(group: LinearGroup) -> Tensor | None:
     """The one matrix behind the group's weights, if they lie so."""
-    bases = [_base(layer) for layer in group.layers]
+    bases = [frozen_base(layer) for layer in group.layers]
     if not all(isinstance(base, nn.Linear) for base in bases):
         return None
     weights = [cast(nn.Linear, base).weight for base in bases]
@@ -167,7 +163,7 @@ def split_gate_up(outputs_TO: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _torch_forward(group: LinearGroup, inputs_TI: Tensor) -> tuple[list[Tensor], Kept]:
     fused = _fused_weight(group)
-    bases = [_base(layer) for layer in group.layers]
+    bases = [frozen_base(layer) for layer in group.layers]
     if fused is None:
         outputs = [frozen_forward(base, inputs_TI) for base in bases]
     else:
@@ -288,7 +284,7 @@ def _frozen_gradient(group: LinearGroup, gradients_TO: Sequence[Tensor]) -> Tens
         return joined(gradients_TO) @ fused
     total: Tensor | None = None
     for layer, gradient_TO in zip(group.layers, gradients_TO, strict=True):
-        part = frozen_backward(_base(layer), gradient_TO)
+        part = frozen_backward(frozen_base(layer), gradient_TO)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total

@@ -121,11 +121,8 @@ static void linear_unit(const Linear *l, const int32_t *panel, long row, long ro
         for (long m = 0; m < rows; m++)
             for (long i = 0; i < PANEL; i += 16) {
                 long at = (row + m) * l->gate_stride + column + i, to = (row + m) * l->d_stride + column + i;
-                v16 d = _mm512_load_ps(sums + m * PANEL + i), u = load_bf16(l->up + at, 0xFFFF);
-                v16 slope, a = activate(load_bf16(l->gate + at, 0xFFFF), (int)l->activation, &slope);
-                store_bf16(l->d_gate + to, _mm512_mul_ps(_mm512_mul_ps(d, u), slope), 0xFFFF);
-                store_bf16(l->d_up + to, _mm512_mul_ps(d, a), 0xFFFF);
-                store_bf16(l->product + (row + m) * o->N + column + i, _mm512_mul_ps(a, u), 0xFFFF);
+                derive16(_mm512_load_ps(sums + m * PANEL + i), l->gate + at, l->up + at, l->d_gate + to, l->d_up + to,
+                         l->product + (row + m) * o->N + column + i, (int)l->activation, 0xFFFF);
             }
         return;
     }
@@ -134,11 +131,9 @@ static void linear_unit(const Linear *l, const int32_t *panel, long row, long ro
     const Output *up = o + 1;
     tile(up, dropping, panel + panel_size(o), row, column, 0);
     for (long m = 0; m < rows; m++)
-        for (long i = 0; i < PANEL; i += 16) {
-            v16 slope, a = activate(load_bf16(o->y + (row + m) * o->y_stride + column + i, 0xFFFF), (int)l->activation, &slope);
-            v16 u = load_bf16(up->y + (row + m) * up->y_stride + column + i, 0xFFFF);
-            store_bf16(l->product + (row + m) * o->N + column + i, _mm512_mul_ps(a, u), 0xFFFF);
-        }
+        for (long i = 0; i < PANEL; i += 16)
+            gate16(o->y + (row + m) * o->y_stride + column + i, up->y + (row + m) * up->y_stride + column + i,
+                   l->product + (row + m) * o->N + column + i, (int)l->activation, 0xFFFF);
 }
 
 // Returns 0, or 1 without memory.

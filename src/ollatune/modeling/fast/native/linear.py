@@ -23,7 +23,7 @@ from ollatune.modeling.fast.native.lora import (
     Backward,
     LowRank,
 )
-from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_forward
+from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_base, frozen_forward
 
 _PANEL, _MAX_PARTS = 32, 4
 _PLAIN, _ACTIVATE, _DERIVE = 0, 1, 2
@@ -64,13 +64,9 @@ class _Linear(ctypes.Structure):
     )
 
 
-def _base(layer: nn.Module) -> nn.Module:
-    return layer.base if isinstance(layer, LoRALinear) else layer
-
-
 def _dense(layer: nn.Module) -> nn.Linear | None:
     """The frozen layer below, if its weight can be read as it lies."""
-    base = _base(layer)
+    base = frozen_base(layer)
     if not isinstance(base, nn.Linear) or base.weight.dtype is not torch.bfloat16:
         return None
     sizes_fit = base.in_features % _PANEL == base.out_features % _PANEL == 0
@@ -162,8 +158,8 @@ class Plan:
             return
         self._dense = [_dense(layer) for layer in layers]
         self._all_dense = all(base is not None for base in self._dense)
-        self._sizes = [int(getattr(_base(layer), "out_features")) for layer in layers]  # noqa: B009
-        self._width = int(getattr(_base(layers[0]), "in_features"))  # noqa: B009 - of any kind
+        self._sizes = [int(getattr(frozen_base(layer), "out_features")) for layer in layers]  # noqa: B009
+        self._width = int(getattr(frozen_base(layers[0]), "in_features"))  # noqa: B009 - of any kind
         adapted = any(isinstance(layer, LoRALinear) for layer in layers)
         self.adapters = Adapters(layers) if adapted else None
         self._forward: dict[str | None, _Call] = {}
@@ -219,7 +215,9 @@ class Plan:
                 call.parts[index][0].x = inputs.data_ptr()
             else:
                 if index % halves == 0:
-                    outputs_TO[layer].copy_(frozen_forward(_base(self._layers[layer]), inputs))
+                    outputs_TO[layer].copy_(
+                        frozen_forward(frozen_base(self._layers[layer]), inputs)
+                    )
                 output.residual, output.residual_stride = at, output.y_stride
             if low is not None and self.adapters is not None:
                 up = self.adapters.up[layer]
@@ -286,7 +284,7 @@ class Plan:
             return call, None
         total: Any = None
         for layer, gradient in zip(self._layers, gradients_TO, strict=True):
-            found = frozen_backward(_base(layer), gradient)
+            found = frozen_backward(frozen_base(layer), gradient)
             total = found if total is None else total.add_(found)
         self._set_residual(output, total)
         return call, total

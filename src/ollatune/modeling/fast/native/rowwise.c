@@ -74,15 +74,26 @@ INLINE v16 activate(v16 x, int kind, v16 *slope) {
     return _mm512_mul_ps(x, half);
 }
 
+// 16 of product = activation(gate) · up.
+INLINE void gate16(const bf16 *gate, const bf16 *up, bf16 *product, int kind, __mmask16 m) {
+    v16 slope, a = activate(load_bf16(gate, m), kind, &slope);
+    store_bf16(product, _mm512_mul_ps(a, load_bf16(up, m)), m);
+}
+
+// 16 of d_gate and d_up from d, the gradient of the product, and the product itself again.
+INLINE void derive16(v16 d, const bf16 *gate, const bf16 *up, bf16 *d_gate, bf16 *d_up, bf16 *product, int kind, __mmask16 m) {
+    v16 u = load_bf16(up, m), slope, a = activate(load_bf16(gate, m), kind, &slope);
+    store_bf16(d_gate, _mm512_mul_ps(_mm512_mul_ps(d, u), slope), m);
+    store_bf16(d_up, _mm512_mul_ps(d, a), m);
+    store_bf16(product, _mm512_mul_ps(a, u), m);
+}
+
 // product = activation(gate) · up; gate and up [T, F] share a row stride, the product is contiguous.
 void gated_forward(const bf16 *gate, const bf16 *up, long stride, bf16 *product, int kind, long T, long F, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long t = 0; t < T; t++) {
-        for (long i = 0; i < F; i += 16) {
-            __mmask16 m = tail(F - i);
-            v16 slope, a = activate(load_bf16(gate + t * stride + i, m), kind, &slope);
-            store_bf16(product + t * F + i, _mm512_mul_ps(a, load_bf16(up + t * stride + i, m)), m);
-        }
+        for (long i = 0; i < F; i += 16)
+            gate16(gate + t * stride + i, up + t * stride + i, product + t * F + i, kind, tail(F - i));
     }
 }
 
@@ -93,11 +104,8 @@ void gated_backward(const bf16 *d_product, const bf16 *gate, const bf16 *up, lon
     for (long t = 0; t < T; t++) {
         for (long i = 0; i < F; i += 16) {
             __mmask16 m = tail(F - i);
-            v16 d = load_bf16(d_product + t * F + i, m), u = load_bf16(up + t * stride + i, m);
-            v16 slope, a = activate(load_bf16(gate + t * stride + i, m), kind, &slope);
-            store_bf16(d_gate + t * d_stride + i, _mm512_mul_ps(_mm512_mul_ps(d, u), slope), m);
-            store_bf16(d_up + t * d_stride + i, _mm512_mul_ps(d, a), m);
-            store_bf16(product + t * F + i, _mm512_mul_ps(a, u), m);
+            derive16(load_bf16(d_product + t * F + i, m), gate + t * stride + i, up + t * stride + i,
+                     d_gate + t * d_stride + i, d_up + t * d_stride + i, product + t * F + i, kind, m);
         }
     }
 }
