@@ -29,6 +29,8 @@ import torch  # noqa: E402
 from benchmarks.results import save, with_earlier  # noqa: E402
 from benchmarks.shaped_models import SHAPES, write_shaped_model  # noqa: E402
 
+from ollatune.base.memory import peak_resident_bytes  # noqa: E402
+
 MODES = ("packed", "bf16", "fp32")
 MEGABYTE = 1e6
 RESERVED_BYTES = 2 << 30  # of the available memory, for everything besides the weights
@@ -41,14 +43,6 @@ def computation_type(mode: str) -> str:
     from ollatune.training.environment import choose_dtype
 
     return choose_dtype("auto", torch.device("cpu"))[0] if mode == "packed" else mode
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held, mapped files included."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
 
 
 def run_row(
@@ -92,7 +86,7 @@ def run_row(
             seconds.append(time.perf_counter() - started)
     return {
         "computes_in": dtype,
-        "peak_mb": round(peak_bytes() / MEGABYTE),
+        "peak_mb": round(peak_resident_bytes() / MEGABYTE),
         "tokens_per_second": round(num_tokens / min(seconds), 1),
         "load_seconds": round(load_seconds, 1),
         "losses": [round(value, 4) for value in losses],

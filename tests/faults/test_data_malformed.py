@@ -844,14 +844,14 @@ def test_a_pipe_never_blocks(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import re, sys
+import sys
+from ollatune.base.memory import peak_resident_bytes
 from ollatune.data.position import RecordError
 from ollatune.data.rejects import Rejections
 from ollatune.data.sources import iter_records
 rejections = Rejections(skip_bad=True)
 count = sum(1 for _ in iter_records(sys.argv[1], rejections))
-peak_kib = int(re.search("VmHWM:[^0-9]*([0-9]+)", open("/proc/self/status").read())[1])
-print(count, len(rejections.errors), peak_kib // 1024)
+print(count, len(rejections.errors), peak_resident_bytes() >> 20)
 """
 
 

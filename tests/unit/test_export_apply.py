@@ -13,6 +13,7 @@ import torch
 
 from ollatune.base.errors import DivergedError, InputError, VerificationError
 from ollatune.base.files import sha256_file
+from ollatune.base.memory import forget_peak, recent_peak_bytes
 from ollatune.export.apply import ExportResult, apply_export
 from ollatune.export.metadata_edits import DropKey, SetKey
 from ollatune.export.plan import TensorUpdate, plan_export
@@ -271,15 +272,7 @@ def test_peak_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     with GGUFFile.open(tmp_path / "base.gguf") as base:
         plan = plan_export(base, updates, tensor_type="q8_0")
         apply_export(plan, tmp_path / "warm.gguf")  # what the codecs keep for themselves
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = _memory_bytes("VmRSS")
+        before = forget_peak()
         apply_export(plan, tmp_path / "model.gguf")
-        grown = _memory_bytes("VmHWM") - before
+        grown = recent_peak_bytes() - before
     assert grown < 5 * weights.nbytes, f"{grown / weights.nbytes:.1f} tensors"
-
-
-def _memory_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(key)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,13 +16,13 @@ from torch import nn
 from ollatune.base.errors import OutOfMemoryError, UsageError
 from ollatune.base.faults import fault_point
 from ollatune.base.log import get_logger
+from ollatune.base.memory import forget_peak, recent_peak_bytes
 from ollatune.base.text import format_bytes
 from ollatune.checkpoint.format import Checkpoint
 from ollatune.config.schema import Config, TrainingConfig
 from ollatune.data.loader import BatchLoader
 from ollatune.modeling.fast.forward import CausalStep
 from ollatune.training.distributed import Processes
-from ollatune.training.environment import peak_memory_bytes
 from ollatune.training.memory_faults import OUT_OF_MEMORY_HINT, is_out_of_memory
 from ollatune.training.placement import free_memory_bytes
 from ollatune.training.rows import row_of
@@ -141,29 +140,6 @@ def memory_growth(compute: Callable[[], None], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         compute()
         return torch.cuda.max_memory_allocated(device) - before
-    before = _reset_peak()
+    before = forget_peak()
     compute()
-    return max(0, _peak() - before)
-
-
-def _reset_peak() -> int:
-    """Forget the highest resident memory so far; returns what is resident now."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return peak_memory_bytes(torch.device("cpu"))  # only growth beyond the old peak is seen
-    return _status_bytes("VmRSS")
-
-
-def _peak() -> int:
-    try:
-        return _status_bytes("VmHWM")
-    except OSError:
-        return peak_memory_bytes(torch.device("cpu"))
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {key} in /proc/self/status")
+    return max(0, recent_peak_bytes() - before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 import time
 from importlib import metadata
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn import functional
 
 from ollatune.base.allocator import keep_freed_memory
 from ollatune.base.log import get_logger
+from ollatune.base.memory import peak_resident_bytes
 from ollatune.base.processor import processor_flags, processor_name
 from ollatune.modeling.fast.native import kernels
 
@@ -160,14 +160,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Highest memory so far: of the GPU's allocator on CUDA, else resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()
 
 
 def log_environment(

@@ -10,6 +10,7 @@ import torch
 
 from ollatune.base.files import free_bytes
 from ollatune.base.log import get_logger
+from ollatune.base.memory import resident_bytes
 from ollatune.base.text import format_bytes
 from ollatune.config.schema import Config
 from ollatune.data.load import DatasetSplits
@@ -159,9 +160,7 @@ def _already_resident(device: torch.device) -> int:
     """The estimate counts this process as a whole, what is free does not."""
     if device.type != "cpu":
         return 0
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
+    return resident_bytes()
 
 
 def is_fused(config: Config, base: OpenBase) -> bool:
