@@ -205,7 +205,7 @@ def test_what_a_kill_left_beside_the_index_is_neither_newest_nor_forgotten(tmp_p
     (tmp_path / "epoch_1.pt").write_bytes(superseded)
     assert newest_checkpoint(tmp_path)[0].name == "epoch_2.pt"
     resumed = CheckpointStore(tmp_path, keep_best=1, run_id="r")
-    resumed.adopt()
+    assert resumed.adopt(2) == []
     resumed.save(_checkpoint(3, 0.4), "epoch_3.pt")
     assert [p.name for p in tmp_path.glob("*.pt")] == ["epoch_3.pt"]
 
@@ -226,7 +226,7 @@ def test_a_checkpoint_renamed_but_not_yet_in_the_index_is_the_newest(tmp_path: P
     ("kind", "section", "key", "value"),
     [
         ("free", "training", "keep_checkpoints", 9),
-        ("free", "training", "max_steps", 5),
+        ("warn", "training", "max_steps", 5),
         ("free", "training", "on_non_finite", "skip"),
         ("free", "training", "on_loss_spike", "off"),
         ("free", "training", "overfitting_patience", None),

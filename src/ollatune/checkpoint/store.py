@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ollatune.base.errors import InputError, UsageError
 from ollatune.base.files import (
@@ -27,7 +24,6 @@ from ollatune.base.files import (
     make_folder,
     sha256_file,
     staged_file,
-    write_json,
 )
 from ollatune.base.log import get_logger
 from ollatune.checkpoint.folders import (
@@ -43,24 +39,9 @@ from ollatune.checkpoint.format import (
     read_checkpoint,
     write_checkpoint,
 )
+from ollatune.checkpoint.index import INDEX_NAME, IndexEntry, read_index, write_index
 
-INDEX_NAME = "index.json"
 _NAME = re.compile(r"(epoch|step)_(\d+)\.(pt|shards)")
-
-
-@dataclass(frozen=True)
-class IndexEntry:
-    """One checkpoint as the index knows it."""
-
-    file: str
-    sha256: str
-    size_bytes: int
-    step: int
-    epoch: int
-    val_loss: float | None
-    is_finite: bool
-    run_id: str
-    timestamp: str
 
 
 class CheckpointStore:
@@ -75,21 +56,39 @@ class CheckpointStore:
         self.folder = folder
         self.keep_best = keep_best
         self.run_id = run_id
-        self.entries = _read_index(folder)
+        self.entries = read_index(folder)
 
-    def refuse_other_run(self) -> None:
-        """Raise UsageError when the folder holds checkpoints of another run."""
-        others = [path.name for path in checkpoints_in(self.folder)]
-        known = {entry.file for entry in self.entries if entry.run_id == self.run_id}
-        foreign = [name for name in others if name not in known]
+    def refuse_other_run(self, *, resumes: bool = False) -> None:
+        """Raise UsageError when the folder holds checkpoints of another run.
+
+        One that `resumes` has written some itself, and a kill may have left one of them out of the index.
+        """
+        known = {entry.file: entry.run_id for entry in self.entries}
+        foreign = []
+        for path in checkpoints_in(self.folder):
+            owner = known.get(path.name)
+            if owner is None and resumes:
+                owner = self._owner_of(path)
+            if owner != self.run_id:
+                foreign.append(path.name)
         if foreign:
             raise UsageError(
-                f"{self.folder} holds checkpoints of another run ({', '.join(sorted(foreign)[:3])}).",
+                f"{self.folder} holds checkpoints of another run ({', '.join(sorted(foreign)[:3])}); "
+                "nothing was changed.",
                 hint=(
-                    "Continue it with --resume auto, choose another folder with --output, "
+                    "Choose another folder with --output, or set output.checkpoints."
+                    if resumes
+                    else "Continue it with --resume auto, choose another folder with --output, "
                     "or start anew with --overwrite."
                 ),
             )
+
+    def _owner_of(self, path: Path) -> str:
+        """The run that a checkpoint outside the index is of; one that cannot be read is of nobody else."""
+        try:
+            return _read_with_digest(path)[0].run_id
+        except InputError:
+            return self.run_id
 
     def save(self, checkpoint: Checkpoint, name: str) -> Path:
         """Write `checkpoint` as `name` (`epoch_2.pt`), update the index, then rotate. Raises StorageError."""
@@ -137,16 +136,14 @@ class CheckpointStore:
         return self._enter(_entry(checkpoint, path, digest, size_bytes))
 
     def _write_index(self) -> None:
-        entries = sorted(self.entries, key=lambda e: (e.step, e.file))
-        listed = [asdict(entry) for entry in entries]
-        write_json(self.folder / INDEX_NAME, {"checkpoints": listed, "sha256": _digest_of(listed)})
+        write_index(self.folder, self.entries)
 
     def kept(self) -> set[str]:
         """Names that rotation leaves: the best N, the last, the last finite."""
         ordered = sorted(self.entries, key=lambda e: (e.step, e.file))
         keep = {e.file for e in ordered[-1:]}
         keep |= {e.file for e in [e for e in ordered if e.is_finite][-1:]}
-        scored = [e for e in ordered if e.val_loss is not None and math.isfinite(e.val_loss)]
+        scored = [e for e in ordered if _is_number(e.val_loss)]
         scored.sort(key=lambda e: (e.val_loss, e.step))
         keep |= {e.file for e in scored[: self.keep_best]}
         if not scored:
@@ -164,8 +161,25 @@ class CheckpointStore:
             with contextlib.suppress(OSError):
                 remove_checkpoint(self.folder / entry.file)
 
-    def adopt(self) -> None:
-        """Enter into the index what a kill left out of it: this run's checkpoints beside it. The next save rotates."""
+    def adopt(self, step: int) -> list[str]:
+        """Make the index true for a run that goes on from `step`; returns the names that were set aside.
+
+        What a kill left out of it is entered: this run's checkpoints beside it (the next save rotates). What is gone
+        is forgotten. Checkpoints of later steps are set aside as `later-…`: the run will write others in their place,
+        and must neither count them as its last nor go on from them.
+        """
+        self.entries = [e for e in self.entries if (self.folder / e.file).exists()]
+        self._enter_left_out()
+        later = [e for e in self.entries if e.run_id == self.run_id and e.step > step]
+        if not later:
+            return []
+        self.entries = [e for e in self.entries if e not in later]
+        for entry in later:
+            set_aside(self.folder / entry.file, "later-")
+        self._write_index()
+        return [entry.file for entry in later]
+
+    def _enter_left_out(self) -> None:
         known = {entry.file for entry in self.entries}
         for path in checkpoints_in(self.folder):
             if path.name in known:
@@ -202,11 +216,16 @@ def _entry(checkpoint: Checkpoint, path: Path, sha256: str, size_bytes: int) -> 
         size_bytes=size_bytes,
         step=checkpoint.step,
         epoch=checkpoint.epoch,
-        val_loss=checkpoint.val_loss,
+        val_loss=checkpoint.val_loss if _is_number(checkpoint.val_loss) else None,
         is_finite=bool(checkpoint.metrics.get("is_finite", True)) and checkpoint.is_finite(),
         run_id=checkpoint.run_id,
         timestamp=checkpoint.timestamp,
     )
+
+
+def _is_number(value: float | None) -> bool:
+    """Whether JSON can hold it, and losses be compared by it."""
+    return value is not None and math.isfinite(value)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -216,25 +235,12 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def _digest_of(listed: list[dict[str, Any]]) -> str:
-    """Hex sha256 of an index's entries: a flipped bit in the step would otherwise make another one the newest."""
-    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
-
-
-def _read_index(folder: Path) -> list[IndexEntry]:
-    try:
-        content = json.loads((folder / INDEX_NAME).read_bytes())
-        listed = content.pop("checkpoints")
-        if content and content != {"sha256": _digest_of(listed)}:  # none in older indexes
-            raise ValueError
-        return [IndexEntry(**entry) for entry in listed]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError):
-        get_logger("checkpoint").warning(
-            "%s is damaged; the checkpoints beside it are checked one by one.", folder / INDEX_NAME
-        )
-        return []
+def set_aside(path: Path, prefix: str) -> None:
+    """Rename a checkpoint, so that nothing takes it for one; what had that name goes."""
+    aside = path.with_name(prefix + path.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # another process of the run was faster
+        path.replace(aside)
 
 
 def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
@@ -242,7 +248,7 @@ def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
 
     Without tensors a sharded one is read as far as every process needs it, and says where the rest is.
     """
-    known = {entry.file: entry for entry in _read_index(path.parent)}
+    known = {entry.file: entry for entry in read_index(path.parent)}
     entry = known.get(path.name)
     if is_checkpoint_folder(path):
         return _load_shards(path, entry, with_tensors)
@@ -296,7 +302,7 @@ def newest_checkpoint(
     if folder.is_dir():
         finish_replacing(folder)
         clean_staging(folder)
-    by_name = {entry.file: entry for entry in _read_index(folder)}
+    by_name = {entry.file: entry for entry in read_index(folder)}
 
     def recency(path: Path) -> tuple[float, str]:
         if (entry := by_name.get(path.name)) is not None:
@@ -316,10 +322,7 @@ def newest_checkpoint(
             report(f"{error.message} It is set aside; trying the one before.")
             continue
         for bad in damaged:
-            aside = bad.with_name(f"corrupt-{bad.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            with contextlib.suppress(FileNotFoundError):  # another process of the run was faster
-                bad.replace(aside)
+            set_aside(bad, "corrupt-")
         return path, checkpoint
     raise InputError(
         f"There is no whole checkpoint in {folder}.",

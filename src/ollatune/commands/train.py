@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ollatune.base.errors import InputError
+from ollatune.base.errors import InputError, UsageError
 from ollatune.base.files import refuse_unwritable
 from ollatune.base.folders import expanded
 from ollatune.base.imports import first_import_of
@@ -119,6 +119,11 @@ def _find_checkpoint(options: TrainOptions) -> Resumed:
 def run_train(options: TrainOptions) -> dict[str, Any]:
     """Train, or with `dry_run` say what would be done. Returns the result that `--json` prints."""
     started = time.perf_counter()
+    if options.resume is not None and options.overwrite:
+        raise UsageError(
+            f"--resume {options.resume} goes on with a run that --overwrite would remove.",
+            hint="Give one of them; --overwrite without --resume starts anew.",
+        )
     config, resumed, overrides = resolve(options)
     check_inputs(config)
     _check_folders(config, starts=not options.dry_run)

@@ -13,13 +13,13 @@ FREE_KEYS = (
     "training.early_stopping_patience", "training.early_stopping_min_delta", "training.on_non_finite",
     "training.on_loss_spike",
     "training.overfitting_patience", "training.overfitting_gap",
-    "training.overfitting_raise_dropout", "training.max_steps",
+    "training.overfitting_raise_dropout",
     "validation.", "export.", "ollama.", "output.", "distributed.",
     "training.activation_checkpointing", "training.fast_path", "training.native_kernels",
     "training.torch_compile", "advanced.share_prefixes",
 )  # fmt: skip
 WARN_KEYS = (
-    "training.epochs", "training.learning_rate", "training.scheduler", "training.scheduler_power",
+    "training.epochs", "training.max_steps", "training.learning_rate", "training.scheduler", "training.scheduler_power",
     "training.warmup_steps", "training.warmup_fraction", "training.min_learning_rate_fraction",
     "training.weight_decay", "training.max_grad_norm", "training.batch_size",
     "training.gradient_accumulation_steps", "training.adam_", "training.label_smoothing",

@@ -78,15 +78,23 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
     run.sharing.load(checkpoint)
     run.state = RunState(**checkpoint.resume["state"])
     run.early_stopping.load(checkpoint.resume["early_stopping"])
+    # With more patience than before, a run that was stopped early goes on.
+    run.state.stopped_early = run.state.stopped_early and run.early_stopping.should_stop
     run.overfitting.load(checkpoint.resume["overfitting"])
     if "loss_scale" in checkpoint.resume:
         run.loss_scale.load(checkpoint.resume["loss_scale"])
     if "loss_spikes" in checkpoint.resume:
         run.spikes.load(checkpoint.resume["loss_spikes"])
-    for layer, dropout in zip(
-        lora_layers(run.model).values(), checkpoint.resume["dropout"], strict=False
-    ):
-        layer.dropout = dropout
+    if checkpoint.config["advanced"]["lora_dropout"] == run.config.advanced.lora_dropout:
+        for layer, dropout in zip(
+            lora_layers(run.model).values(), checkpoint.resume["dropout"], strict=False
+        ):
+            layer.dropout = dropout
+    if not run.sharing.continues_optimizer(checkpoint):
+        get_logger("training").warning(
+            "The checkpoint is of another optimiser (%s): its moments are left, %s begins without.",
+            checkpoint.config["training"]["optimizer"], run.config.training.optimizer,
+        )  # fmt: skip
     restore_random_states(checkpoint.resume["random"], run.device)
 
 
@@ -153,10 +161,3 @@ class Saver:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
         fault_point("save.after_checkpoint")
-
-
-def copy_previous_best(source: Path, target: Path) -> None:
-    """Bring best_model.pt along when a run is resumed into another output folder."""
-    if source.is_file() and not target.exists():
-        with source.open("rb") as reader, staged_file(target) as writer:
-            shutil.copyfileobj(reader, writer)

@@ -29,6 +29,7 @@ from ollatune.checkpoint.shards import (
 )
 from ollatune.modeling.fast.forward import CausalStep, generate_greedy
 from ollatune.training.gathered import GatheredStep, Reach
+from ollatune.training.optimizer import load_optimizer_state
 from ollatune.training.sharing import Named, Result, Sharing, check_names
 
 
@@ -104,7 +105,7 @@ class FSDPSharing(Sharing):
             }
             for number, values in state["state"].items()
         }
-        self.optimizer.load_state_dict(state | {"state": parts})
+        load_optimizer_state(self.optimizer, state | {"state": parts})
 
     def _by_number(self) -> dict[int, DTensor]:
         """The trained parameters by the number that torch gives them in an optimiser's state."""
@@ -128,6 +129,8 @@ class FSDPSharing(Sharing):
         own, numbered = self._trained(), self._by_number()
         names, states = split_names(dict.fromkeys(stored, torch.empty(0)))
         check_names({name: torch.empty(0) for name in own}, names)
+        if not self.continues_optimizer(checkpoint):
+            states = {}
         if states.keys() - numbered.keys():
             raise InputError(f"{folder} holds the optimiser state of other weights than these.")
         room = {
@@ -138,8 +141,11 @@ class FSDPSharing(Sharing):
             for number, values in states.items()
         }
         read_parts(folder, joined_names(own, room))
-        saved = checkpoint.optimizer_state_dict
-        self.optimizer.load_state_dict({"state": room, "param_groups": saved["param_groups"]})
+        if self.continues_optimizer(checkpoint):
+            saved = checkpoint.optimizer_state_dict
+            load_optimizer_state(
+                self.optimizer, {"state": room, "param_groups": saved["param_groups"]}
+            )
 
     def answers(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: frozenset[int]

@@ -58,6 +58,14 @@ def build_optimizer(
     return cast(Optimizer, AdamW8bit(groups, lr=rate, betas=betas, eps=settings.adam_epsilon))
 
 
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict`, but for the settings of its groups: a resumed run may have changed them."""
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ollatune.base.errors import UsageError
+from ollatune.base.errors import InputError, UsageError
 from ollatune.base.files import (
     clean_staging,
     make_folder,
@@ -62,22 +62,41 @@ class RunFolder:
     def best_path(self) -> Path:
         return self.path / "best_model.pt"
 
-    def refuse_other_run(self) -> None:
-        """Raise UsageError when the folder already holds a run.
+    def refuse_other_run(self, resumed_id: str = "") -> None:
+        """Raise UsageError when the folder already holds a run other than the one that is resumed.
 
         One that ended before it saved anything is not in the way: the same command simply runs again.
         """
         run = self.read_run()
         ended_empty = bool(run) and run.get("status") != "finished"
-        if self.best_path.exists() or (self.run_path.exists() and not ended_empty):
-            what = f"run {run['run_id']} ({run.get('status', 'unknown')})" if run else "a run"
+        if not (self.best_path.exists() or (self.run_path.exists() and not ended_empty)):
+            return
+        if resumed_id and self._owner(run) == resumed_id:
+            return
+        what = f"run {run['run_id']} ({run.get('status', 'unknown')})" if run else "a run"
+        if resumed_id:
             raise UsageError(
-                f"{self.path} already holds {what}; nothing was changed.",
-                hint=(
-                    "Continue it with --resume auto, choose another folder with --output, "
-                    "or start anew with --overwrite."
-                ),
+                f"{self.path} holds {what}, the checkpoint is of run {resumed_id}; nothing was changed.",
+                hint="Pass the --output that the checkpoint's run had, or a new one.",
             )
+        raise UsageError(
+            f"{self.path} already holds {what}; nothing was changed.",
+            hint=(
+                "Continue it with --resume auto, choose another folder with --output, "
+                "or start anew with --overwrite."
+            ),
+        )
+
+    def _owner(self, run: dict[str, Any]) -> str:
+        """Whose folder it is, by what run.json holds, else by its best model."""
+        if "run_id" in run:
+            return str(run["run_id"])
+        from ollatune.checkpoint.format import read_checkpoint  # torch: not for a look at a folder
+
+        try:
+            return read_checkpoint(self.best_path).run_id
+        except InputError:
+            return ""
 
     def clear(self) -> None:
         """Remove what a run writes here (the user asked for --overwrite); other files stay."""

@@ -30,6 +30,7 @@ from ollatune.modeling.trained import lora_settings
 from ollatune.training.agreement import agreed_checkpoint, require_same
 from ollatune.training.backends import require_backend
 from ollatune.training.batch_plan import resumed_plan
+from ollatune.training.best_model import settle_best_model
 from ollatune.training.build import (
     build_run,
     build_validator,
@@ -39,7 +40,6 @@ from ollatune.training.build import (
 )
 from ollatune.training.checkpointing import (
     Saver,
-    copy_previous_best,
     restore,
 )
 from ollatune.training.debug import debugging, log_gradients
@@ -170,6 +170,10 @@ class Session:
     def _claim_folders(self) -> None:
         """A new run needs folders without another run's results; nothing is removed unless --overwrite was given."""
         if self.resume_from is not None:
+            self.folder.refuse_other_run(self.run_id)
+            self.store.refuse_other_run(resumes=True)
+            if self.folder.read_run().get("run_id", self.run_id) != self.run_id:
+                self.folder.clear()  # of a run that ended before it saved anything
             return
         if self.overwrite:
             self.folder.clear()
@@ -249,12 +253,22 @@ class Session:
             "Resumed from %s: epoch %d, step %d of %d.",
             path, checkpoint.epoch, checkpoint.step, run.total_steps,
         )  # fmt: skip
-        if not self.processes.is_main:
-            return
-        self.store.adopt()
-        previous = Path(str(checkpoint.config["output"]["folder"])) / self.folder.best_path.name
-        copy_previous_best(previous, self.folder.best_path)
-        self.folder.truncate_logs(checkpoint.step)
+        if run.state.step >= run.total_steps or run.state.stopped_early:
+            get_logger("training").warning(
+                "There is nothing left to train: %s. For more, raise training.epochs or training.max_steps, "
+                "or training.early_stopping_patience where that ended it.",
+                "the run was stopped early" if run.state.stopped_early else
+                f"the checkpoint is of step {run.state.step}, the run ends at step {run.total_steps}",
+            )  # fmt: skip
+        best = run.early_stopping.best
+        if self.processes.is_main:
+            if later := self.store.adopt(checkpoint.step):
+                get_logger("training").warning(
+                    "Checkpoints of later steps are set aside as later-…: %s.", ", ".join(later)
+                )
+            best = settle_best_model(self.folder.best_path, path, checkpoint, best)
+            self.folder.truncate_logs(checkpoint.step)
+        run.early_stopping.best = self.processes.share(best)
 
     def _open_run(self, splits: DatasetSplits) -> None:
         self.folder.write_config(dump_config(self.config))

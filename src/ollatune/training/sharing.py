@@ -21,7 +21,7 @@ from ollatune.config.schema import Config
 from ollatune.modeling.fast.forward import CausalStep, generate_greedy
 from ollatune.modeling.lora import adapter_state, load_adapter_state, lora_layers
 from ollatune.training.distributed import Processes
-from ollatune.training.optimizer import set_learning_rate
+from ollatune.training.optimizer import load_optimizer_state, set_learning_rate
 
 Result = TypeVar("Result")
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -115,7 +115,11 @@ class Sharing:
         return self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        load_optimizer_state(self.optimizer, state)
+
+    def continues_optimizer(self, checkpoint: Checkpoint) -> bool:
+        """Whether `checkpoint` is of the same kind of optimiser: another one's state means nothing to it."""
+        return bool(checkpoint.config["training"]["optimizer"] == self.config.training.optimizer)
 
     def optimizer_settings(self) -> dict[str, Any]:
         """The optimiser's state without its tensors."""
@@ -128,7 +132,8 @@ class Sharing:
 
             checkpoint = with_all_tensors(checkpoint)
         self.load_trained_state(checkpoint.model_state_dict)
-        self.load_optimizer_state(checkpoint.optimizer_state_dict)
+        if self.continues_optimizer(checkpoint):
+            self.load_optimizer_state(checkpoint.optimizer_state_dict)
 
     def write_shards(self, folder: Path) -> None:
         """Write this process's part of weights and optimiser into `folder`. Raises StorageError."""

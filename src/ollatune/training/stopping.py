@@ -29,8 +29,10 @@ class EarlyStopping:
             self.num_bad = 0
         else:
             self.num_bad += 1
-        is_best = val_loss < self.best
-        if is_best:
+        is_best = (
+            val_loss < self.best or self.best == math.inf
+        )  # not finite, but nothing better is there
+        if val_loss < self.best:
             self.best = val_loss
         return is_best
 
