@@ -11,10 +11,11 @@ from ollatune.config.load import dump_config
 from ollatune.config.schema import Config
 from ollatune.modeling.base import check_family, resolve_base
 from ollatune.modeling.opened import open_base
-from ollatune.training.build import context_window, load_data, make_loader, total_steps
+from ollatune.training.build import context_window, load_data, make_loader
 from ollatune.training.distributed import Processes
 from ollatune.training.environment import choose_device, choose_dtype
 from ollatune.training.estimate import plan_estimate
+from ollatune.training.length import total_steps
 from ollatune.training.placement import Placement, choose_mode
 from ollatune.training.teaching import open_teacher
 

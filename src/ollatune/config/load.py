@@ -34,6 +34,7 @@ class ParsedYaml:
     value: dict[str, Any]
     lines: dict[Path_, int] = field(default_factory=dict)
     assigned: set[Path_] = field(default_factory=set)
+    flagged: set[Path_] = field(default_factory=set)
 
     def where(self, path: Path_) -> str:
         """`file:line` of `path` or of its nearest parent that has one."""
@@ -222,6 +223,7 @@ def load_config(
         _assign(parsed, key.strip(), _parse_value(text, f"--set {key.strip()}"))
     for key, value in (overrides or {}).items():
         _assign(parsed, key, value)
+        parsed.flagged.add(tuple(key.split(".")))
     return build_config(parsed)
 
 
@@ -256,7 +258,9 @@ def build_config(parsed: ParsedYaml) -> Config:
         by_path: dict[str, str] = {}  # a union reports each of its members: the first says enough
         for problem in error.errors():
             described = _describe(dict(problem), parsed)
-            by_path.setdefault(described.partition("`")[2].partition("`")[0], described)
+            by_path.setdefault(
+                described.partition("`")[2].partition("`")[0] or described, described
+            )
         unique = list(by_path.values())
         more = f" (and {len(unique) - 8} more)" if len(unique) > 8 else ""
         raise UsageError("\n".join(unique[:8]) + more) from error
@@ -264,8 +268,9 @@ def build_config(parsed: ParsedYaml) -> Config:
 
 def _describe(problem: dict[str, Any], parsed: ParsedYaml) -> str:
     path = _schema_path(problem["loc"])
-    by_flag = next((keys for keys in parsed.assigned if path[: len(keys)] == keys), None)
-    where = f"--set {'.'.join(map(str, by_flag))}" if by_flag else parsed.where(path)
+    common = [(keys, min(len(keys), len(path))) for keys in parsed.assigned] if path else []
+    by_flag = next((keys for keys, n in common if path[:n] == keys[:n]), None)
+    where = _flag(by_flag, parsed) if by_flag else parsed.where(path)
     dotted = ".".join(str(part) for part in path)
     if problem["type"] == "extra_forbidden":
         names = _names_beside(path)
@@ -274,7 +279,21 @@ def _describe(problem: dict[str, Any], parsed: ParsedYaml) -> str:
         )
     found = f" Found {problem['input']!r}." if not isinstance(problem["input"], dict) else ""
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not path:  # of several settings together
+        return f"{where}: {message}."
     return f"{where}: `{dotted}` {message[0].lower() + message[1:]}.{found}"
+
+
+_FLAGS = {"model.base_model": "--model", "output.folder": "--output", "data.sources": "--data"}
+"""Flags whose names are not their settings'."""
+
+
+def _flag(keys: Path_, parsed: ParsedYaml) -> str:
+    """What the user wrote to set `keys`."""
+    dotted = ".".join(map(str, keys))
+    if keys not in parsed.flagged:
+        return f"--set {dotted}"
+    return _FLAGS.get(dotted, f"--{keys[-1]}".replace("_", "-"))
 
 
 def _schema_path(location: tuple[str | int, ...]) -> Path_:

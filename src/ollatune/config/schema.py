@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Names = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 TensorType = Literal[
     "auto", "base", "q8_0", "q6_K", "q5_K", "q4_K", "f16", "bf16", "f32",
     "q4_K_M", "q4_K_S", "q5_K_M", "q5_K_S", "all_q8_0", "all_q6_K", "all_q4_0",
@@ -182,12 +183,13 @@ class AdvancedConfig(Section):
     lora_rank: PositiveInt = Field(8, description="Rank of the adapter.")
     lora_alpha: float = Field(16.0, gt=0, description="Adapter scale is alpha / rank.")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
-    lora_target_modules: list[str] | Literal["all-linear"] = Field(
+    lora_target_modules: Names | Literal["all-linear"] = Field(
         "all-linear",
         description="Module names to adapt (`q_proj`, `v_proj`, …), or `all-linear`. No match is an error.",
     )
     lora_layers: PositiveInt | None = Field(
-        None, description="Adapt only the last N decoder layers; None adapts all."
+        None,
+        description="Adapt only the last N decoder layers; None adapts all. More than there are is an error.",
     )
     use_rslora: bool = Field(False, description="Scale the adapter by alpha / sqrt(rank).")
     use_dora: bool = Field(

@@ -257,6 +257,11 @@ def select_targets(model: nn.Module, settings: LoRASettings) -> list[str]:
         chosen = [name for name in names if any(_matches(name, target) for target in wanted)]
     if settings.layers is not None:
         indices = {_layer_index(name) for name in names}
+        if settings.layers > len(indices):
+            raise UsageError(
+                f"advanced.lora_layers: {settings.layers} is more than the {len(indices)} layers of this model.",
+                hint="Lower it, or leave it out to adapt all layers.",
+            )
         first = max(indices) + 1 - settings.layers
         chosen = [name for name in chosen if _layer_index(name) >= first]
     return chosen

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,11 +11,10 @@ from torch import nn
 from ollatune.base.errors import UsageError
 from ollatune.base.log import get_logger
 from ollatune.base.text import format_count
-from ollatune.config.schema import Config, DataConfig
-from ollatune.data.conversation import Conversation
+from ollatune.config.schema import AdvancedConfig, Config, DataConfig
 from ollatune.data.dataset import load_dataset
 from ollatune.data.load import DatasetSplits, make_order
-from ollatune.data.loader import BatchLoader, LoaderSettings, evaluation_batches
+from ollatune.data.loader import BatchLoader, LoaderSettings
 from ollatune.data.progress import BuildBar
 from ollatune.modeling.compiled import compile_layers, warm_up
 from ollatune.modeling.fast.decoder import is_supported
@@ -29,22 +26,20 @@ from ollatune.modeling.lora import (
 )
 from ollatune.modeling.opened import OpenBase, renderer_parts
 from ollatune.modeling.trained import lora_settings
-from ollatune.templates.messages import Message
 from ollatune.training.backends import require_dtype, shards_weights, sharing_class
 from ollatune.training.batch_plan import BatchPlan, configured_plan, probed_plan
 from ollatune.training.distributed import Processes
 from ollatune.training.environment import DTYPES
+from ollatune.training.length import make_schedule, total_steps
 from ollatune.training.loop import TrainingRun
 from ollatune.training.loss_scale import LossScale
 from ollatune.training.optimizer import build_optimizer
 from ollatune.training.placement import Placement
 from ollatune.training.reports import Hooks
-from ollatune.training.schedule import Schedule
 from ollatune.training.spikes import SpikeWatch
 from ollatune.training.state import RunState, seed_everything
 from ollatune.training.stopping import EarlyStopping, OverfittingWatch
 from ollatune.training.teaching import make_step_function
-from ollatune.training.validation import Metric, SamplePrompt, Validator
 
 
 def context_window(config: Config, base: OpenBase) -> int:
@@ -116,6 +111,7 @@ def build_model(
     if settings.lora_enabled:
         inject_lora(model, lora_settings(config), seed=config.training.seed)
     else:
+        _warn_of_unused_lora_settings(settings)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
     training = config.training
@@ -124,6 +120,18 @@ def build_model(
     elif training.activation_checkpointing and not uses_fast_path(config, model):
         _recompute_activations(model)
     return model
+
+
+def _warn_of_unused_lora_settings(settings: AdvancedConfig) -> None:
+    """Say what is set for an adapter where there is none: rank, alpha and dropout stand in every configuration."""
+    default = AdvancedConfig()
+    names = ("lora_layers", "lora_target_modules", "use_dora", "use_rslora")
+    unused = [name for name in names if getattr(settings, name) != getattr(default, name)]
+    if unused:
+        get_logger("training").warning(
+            "advanced.lora_enabled is false: all weights are trained, advanced.%s has no effect.",
+            " and advanced.".join(unused),
+        )
 
 
 def _without_fast_path(config: Config) -> Config:
@@ -168,61 +176,6 @@ def make_loader(
             world_size=processes.count,
         ),
     )
-
-
-def total_steps(config: Config, loader: BatchLoader, state: RunState | None = None) -> int:
-    """Optimiser steps of the whole run: those that `state` has done (None: none yet), and those still to do."""
-    state = state or RunState()
-    settings = loader.settings
-    if settings.token_budget is not None:  # how many fit into a row differs from step to step
-        ahead = loader.steps(state.position, num_epochs=config.training.epochs)
-        steps = state.step + sum(1 for _ in ahead)
-    else:
-        epochs = range(state.epoch, config.training.epochs)
-        steps = state.step + sum(loader.steps_per_epoch(epoch) for epoch in epochs)
-        examples = settings.batch_size * settings.accumulation_steps * settings.world_size
-        if epochs:  # the first of them may have begun
-            left = loader.epoch_size - state.position % loader.epoch_size
-            steps += -(-left // examples) - loader.steps_per_epoch(state.epoch)
-    limit = config.training.max_steps
-    return steps if limit is None else min(steps, limit)
-
-
-def make_schedule(config: Config, num_steps: int) -> Schedule:
-    """The learning-rate schedule. Says so when the warm-up would eat most of the run."""
-    training = config.training
-    warmup = training.warmup_steps
-    if training.warmup_fraction is not None:
-        warmup = math.ceil(training.warmup_fraction * num_steps)
-    if warmup >= num_steps:
-        get_logger("training").warning(
-            "The warm-up (%d steps) is as long as the run (%d): the learning rate never reaches %g. "
-            "Lower training.warmup_steps, or set training.warmup_fraction: 0.1.",
-            warmup, num_steps, training.learning_rate,
-        )  # fmt: skip
-    return Schedule(
-        training.scheduler,
-        training.learning_rate,
-        warmup,
-        num_steps,
-        training.min_learning_rate_fraction,
-        training.scheduler_power,
-    )
-
-
-def sample_prompts(splits: DatasetSplits, base: OpenBase, limit: int | None) -> list[SamplePrompt]:
-    """Validation conversations as prompts: everything before the last answer, and that answer."""
-    prompts: list[SamplePrompt] = []
-    for sample in splits.samples.get("validation", ()):
-        if limit is not None and len(prompts) >= limit:
-            break
-        if not isinstance(sample, Conversation) or sample.messages[-1].role != "assistant":
-            continue
-        messages = [Message(m.role, m.content) for m in sample.messages[:-1]]
-        prompt = base.template.render_prompt(messages)
-        ids = base.tokenizer.encode(prompt, add_bos=base.tokenizer.add_bos)
-        prompts.append(SamplePrompt(ids, prompt, sample.messages[-1].content))
-    return prompts
 
 
 def build_run(
@@ -290,36 +243,4 @@ def build_run(
         processes=processes,
         device=placement.device,
         total_steps=num_steps,
-    )
-
-
-def build_validator(
-    run: TrainingRun, base: OpenBase, splits: DatasetSplits, metrics: Mapping[str, Metric]
-) -> Validator | None:
-    """What validates `run`, or None where the data has no validation part."""
-    if splits.validation is None:
-        return None
-    settings = run.config.validation
-    loader_settings = LoaderSettings(
-        batch_size=settings.batch_size, rank=run.processes.rank, world_size=run.processes.count
-    )
-    if run.config.training.method == "fine-tuning":
-        prompts = sample_prompts(splits, base, None if metrics else settings.samples)
-    elif metrics:
-        raise UsageError(
-            "validation.metrics score answers; continued pre-training has none.",
-            hint="Leave validation.metrics empty.",
-        )
-    else:
-        prompts = []
-    return Validator(
-        sharing=run.sharing,
-        batches=partial(evaluation_batches, splits.validation, loader_settings),
-        prompts=prompts,
-        num_samples=settings.samples,
-        metrics=dict(metrics),
-        decode=base.tokenizer.decode,
-        stop_ids=base.tokenizer.end_of_generation_ids,
-        max_new_tokens=settings.max_new_tokens,
-        device=run.device,
     )

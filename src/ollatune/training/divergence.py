@@ -11,6 +11,7 @@ from ollatune.base.errors import DivergedError
 from ollatune.base.log import get_logger
 from ollatune.data.loader import Step
 from ollatune.training.reports import LossSpikeError, NonFiniteError, SpikeReport
+from ollatune.training.state import RunState
 
 if TYPE_CHECKING:
     from ollatune.training.loop import TrainingRun
@@ -59,11 +60,28 @@ def handle_divergence(run: TrainingRun, step: Step, error: NonFiniteError | Loss
         return False
     _tell(run, error, "stop", number)
     raise DivergedError(
-        f"{what}. Nothing was updated; the weights are as before this step.",
+        f"{what}. Nothing was updated; the weights are as before this step.{_given_up(state, action)}",
         hint=(
             "Lower the learning rate, look at the data of this batch with `ollatune data`, or set "
-            f"training.{_alternatives(error)}; then --resume auto."
+            f"training.{_alternatives(error)}; then {_next_command(state)}."
         ),
+    )
+
+
+def _given_up(state: RunState, action: str) -> str:
+    """Why `skip` or `rollback` was not done."""
+    if action == "skip":
+        return f" {MAX_SKIPS_IN_A_ROW} steps in a row were skipped before it."
+    if action == "rollback" and state.num_rollbacks >= MAX_ROLLBACKS:
+        return f" The run was rolled back {MAX_ROLLBACKS} times before."
+    if action == "rollback":
+        return " There is no checkpoint to roll back to yet (training.checkpoint_every_steps makes one sooner)."
+    return ""
+
+
+def _next_command(state: RunState) -> str:
+    return (
+        "--resume auto" if state.last_saved_step else "run the command again: nothing was saved yet"
     )
 
 

@@ -121,7 +121,9 @@ class TrainingRun:
     def _validate(self, epoch_ended: bool) -> None:
         state = self.state
         before = state.train_loss
-        state.train_loss = state.epoch_loss_sum / max(1, state.epoch_targets)
+        has_trained = state.epoch_targets > 0  # not where every step was left out
+        if has_trained:
+            state.train_loss = state.epoch_loss_sum / state.epoch_targets
         try:
             val_loss = self.hooks.validate(state)
         except ValidationLeftError:
@@ -133,7 +135,8 @@ class TrainingRun:
         is_best = True
         if state.val_loss is not None:
             is_best = self.early_stopping.update(state.val_loss)
-            self._watch_overfitting(state.train_loss, state.val_loss)
+            if has_trained and state.train_loss is not None:
+                self._watch_overfitting(state.train_loss, state.val_loss)
             state.stopped_early = self.early_stopping.should_stop
         name = f"epoch_{state.epoch}.pt" if epoch_ended else f"step_{state.step}.pt"
         self._save(name, is_best=is_best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ from ollatune.training.loop import TrainingRun
 from ollatune.training.memory_summary import memory_by_part, memory_text
 from ollatune.training.progress import Progress
 from ollatune.training.reports import SpikeReport, StepReport
-from ollatune.training.run_folder import MetricsLog, RunFolder, utc_now
+from ollatune.training.run_folder import MetricsLog, RunFolder, finite, utc_now
 from ollatune.training.state import RunState
 from ollatune.training.validation import ValidationReport
 
@@ -76,6 +77,11 @@ class Recorder:
         )
         for sample in report.samples:
             self.samples.write({"step": state.step, "epoch": state.epoch, **sample})
+        if not math.isfinite(report.loss):
+            get_logger("training").warning(
+                "The validation loss at step %d is %s: it counts as no improvement. Look at the validation records, "
+                "or compute in fp32 (model.dtype).", state.step, report.loss,
+            )  # fmt: skip
         scores = "".join(f", {name} {value:.3f}" for name, value in report.metrics.items())
         get_logger("training").info(
             "Epoch %d, step %d: train loss %.4f, validation loss %.4f, perplexity %.2f, token accuracy %.3f%s",
@@ -130,8 +136,8 @@ class Recorder:
             "peak_memory_mb": round(memory["peak"] / 2**20, 1),
             "memory_bytes": memory,
             "train_loss": state.train_loss,
-            "val_loss": state.val_loss,
-            "best_val_loss": best_val_loss,
+            "val_loss": finite(state.val_loss),
+            "best_val_loss": finite(best_val_loss),
             "best_model": str(self.folder.best_path),
         }
         self.folder.write_run(self.values)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -34,6 +35,11 @@ def utc_now() -> str:
 
 def new_run_id() -> str:
     return f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON can hold it: None for a number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunFolder:
@@ -169,7 +175,8 @@ class MetricsLog:
     def write(self, values: dict[str, Any]) -> None:
         """Append one line. A failing disk is reported once and does not end the run: checkpoints will."""
         try:
-            self._stream.write(json.dumps(values, ensure_ascii=False) + "\n")
+            written = {key: finite(value) for key, value in values.items()}
+            self._stream.write(json.dumps(written, ensure_ascii=False, allow_nan=False) + "\n")
             self._stream.flush()
         except OSError as error:
             get_logger("training").warning("Cannot write %s: %s", self.path, error.strerror)

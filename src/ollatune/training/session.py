@@ -33,11 +33,9 @@ from ollatune.training.batch_plan import resumed_plan
 from ollatune.training.best_model import settle_best_model
 from ollatune.training.build import (
     build_run,
-    build_validator,
     load_data,
-    make_schedule,
-    total_steps,
 )
+from ollatune.training.build_validator import build_validator
 from ollatune.training.checkpointing import (
     Saver,
     restore,
@@ -62,6 +60,7 @@ from ollatune.training.environment import (
 from ollatune.training.estimate import warn_if_too_large
 from ollatune.training.identity import identity_of, require_same_run
 from ollatune.training.interrupts import stopped_before_training
+from ollatune.training.length import make_schedule, total_steps
 from ollatune.training.loop import TrainingRun
 from ollatune.training.memory_summary import memory_by_part, memory_text
 from ollatune.training.placement import Placement, choose_mode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ollatune.base.errors import OllatuneError
 from ollatune.base.log import get_logger
 from ollatune.config.schema import Config
 from ollatune.modeling.base import FindRemote, resolve_base
@@ -23,8 +24,12 @@ def open_teacher(
     name = config.distillation.teacher
     if name is None:
         return None
-    source = resolve_base(name, models_folder=config.ollama.models, find_remote=find_remote)
-    teacher = open_base(source)
+    try:
+        source = resolve_base(name, models_folder=config.ollama.models, find_remote=find_remote)
+        teacher = open_base(source)
+    except OllatuneError as error:
+        error.message = f"distillation.teacher: {error.message.removeprefix('--model ')}"
+        raise
     check_same_vocabulary(
         student.tokenizer, teacher.tokenizer, student.source.name, teacher.source.name
     )
