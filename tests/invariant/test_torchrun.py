@@ -72,6 +72,29 @@ def test_the_specifications_command(base: Path, data: Path, tmp_path: Path) -> N
     assert (tmp_path / "checkpoints" / "epoch_1.pt").is_file()
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--distributed", "--epochs", "0"], "--epochs: `training.epochs` should be greater than 0"),
+        (["--distributed", "--resume", "none.pt"], "There is no checkpoint none.pt"),
+        (["--distributed", "--set", "distributed.backend=fsdp", "--set", "training.optimizer=adafactor"],
+         "adafactor does not work on sharded weights"),
+        ([], "2 processes were started together, but --distributed was not given"),
+    ],
+)  # fmt: skip
+def test_a_mistake_that_all_processes_see_is_told_once(
+    base: Path, data: Path, tmp_path: Path, more: list[str], said: str
+) -> None:
+    command = [*train_command(base, data, tmp_path / "out")[1:], *more]
+    arguments = ["--nproc_per_node=2", f"--master_port={free_port()}", SCRIPT, *command]
+    code = ends_with(agent(arguments, tmp_path / "log"))
+    text = (tmp_path / "log").read_text()
+    assert code == 1, text
+    errors = re.findall(r"^error: .*$", text.split("Root Cause")[0], flags=re.MULTILINE)
+    assert len(errors) == 1, text
+    assert said in errors[0]
+
+
 def two_nodes(
     arguments: list[str], folder: Path, *, faults: tuple[str, str] = ("", "")
 ) -> list[tuple[int, str]]:

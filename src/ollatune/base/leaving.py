@@ -5,8 +5,35 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from typing import NoReturn
+
+from ollatune.base.errors import OllatuneError
+
+_PATIENCE_SECONDS = 3.0
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun (or the like) started this process and others with it."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+@contextlib.contextmanager
+def first_process_speaks() -> Iterator[None]:
+    """An error in the block, before the processes know of each other, is the first one's to tell.
+
+    It most likely has the same one. Any other process waits a moment to be ended with it, and only then tells its own.
+    """
+    try:
+        yield
+    except OllatuneError:
+        if is_one_of_several() and os.environ["RANK"] != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without a word
+            time.sleep(_PATIENCE_SECONDS)
+        raise
 
 
 def leave(code: int) -> NoReturn:

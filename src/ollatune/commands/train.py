@@ -12,6 +12,7 @@ from ollatune.base.errors import InputError, UsageError
 from ollatune.base.files import refuse_unwritable
 from ollatune.base.folders import expanded
 from ollatune.base.imports import first_import_of
+from ollatune.base.leaving import first_process_speaks, is_one_of_several
 from ollatune.config.load import ParsedYaml, load_config
 from ollatune.config.schema import Config, OutputConfig
 
@@ -119,14 +120,11 @@ def _find_checkpoint(options: TrainOptions) -> Resumed:
 def run_train(options: TrainOptions) -> dict[str, Any]:
     """Train, or with `dry_run` say what would be done. Returns the result that `--json` prints."""
     started = time.perf_counter()
-    if options.resume is not None and options.overwrite:
-        raise UsageError(
-            f"--resume {options.resume} goes on with a run that --overwrite would remove.",
-            hint="Give one of them; --overwrite without --resume starts anew.",
-        )
-    config, resumed, overrides = resolve(options)
-    check_inputs(config)
-    _check_folders(config, starts=not options.dry_run)
+    with first_process_speaks():
+        _check_flags(options)
+        config, resumed, overrides = resolve(options)
+        check_inputs(config)
+        _check_folders(config, starts=not options.dry_run)
     if options.dry_run:
         from ollatune.commands.dry_run import plan_training
 
@@ -150,6 +148,20 @@ def run_train(options: TrainOptions) -> dict[str, Any]:
         find_remote=_find_remote(config),
     )
     return session.run()
+
+
+def _check_flags(options: TrainOptions) -> None:
+    if options.resume is not None and options.overwrite:
+        raise UsageError(
+            f"--resume {options.resume} goes on with a run that --overwrite would remove.",
+            hint="Give one of them; --overwrite without --resume starts anew.",
+        )
+    if is_one_of_several() and not options.distributed:
+        raise UsageError(
+            f"{os.environ['WORLD_SIZE']} processes were started together, but --distributed was not given: "
+            "each would do the whole run.",
+            hint="Add --distributed, or start one process.",
+        )
 
 
 def check_inputs(config: Config) -> None:

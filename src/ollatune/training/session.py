@@ -14,6 +14,7 @@ import torch
 from ollatune.base.errors import Interrupted, OutOfMemoryError, StorageError
 from ollatune.base.faults import fault_point
 from ollatune.base.files import require_writable
+from ollatune.base.leaving import first_process_speaks
 from ollatune.base.log import add_log_file, configure_logging, get_logger, remove_log_file
 from ollatune.base.signals import StopSignal, name_of
 from ollatune.checkpoint.format import Checkpoint, read_checkpoint
@@ -97,10 +98,11 @@ class Session:
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns what is in run.json. Raises any OllatuneError, with the status written first."""
-        require_backend(self.config, distributed=self.distributed)
-        device = choose_device()
-        if self.config.training.torch_compile:
-            require_compiler(device)
+        with first_process_speaks():
+            require_backend(self.config, distributed=self.distributed)
+            device = choose_device()
+            if self.config.training.torch_compile:
+                require_compiler(device)
         self.folder = RunFolder(self.config.output.folder)
         self.processes = Processes(device=device)
         if self.distributed:
