@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from ollatune.base.errors import InputError
 from ollatune.checkpoint.format import read_checkpoint, write_checkpoint
 from ollatune.checkpoint.store import CheckpointStore, newest_checkpoint
-from ollatune.training.run_folder import RunFolder
+from ollatune.training.run_folder import MetricsLog, RunFolder
 from tests.run_helpers import (
     assert_same_weights,
     inject,
@@ -118,6 +119,72 @@ def test_out_of_memory_with_one_example(
     message = capsys.readouterr().err
     assert "model.quantization=as-served" in message
     assert re.search(r"Memory: base \d.*, trained \d.*, peak \d", message), message
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("train.build:oom@1", "error: Out of memory. "),
+        ("train.update:oom@3", "error: Out of memory in the update. "),
+        ("train.validate:oom@2", "error: Out of memory in the validation after step 4. "),
+        ("train.answer:oom@2", "error: Out of memory in the validation after step 4. "),
+    ],
+)
+def test_out_of_memory_elsewhere(
+    base: Path, data: Path, whole: Path, tmp_path: Path, fault: str, said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Nothing can be halved there: the run ends with a word on what to change, and nothing done is lost."""
+    samples = ["--set", "validation.samples=1"]
+    with inject(fault):
+        assert run(command(base, data, tmp_path, *samples)) == 7
+    message = capsys.readouterr().err
+    assert said in message
+    assert "Traceback" not in message
+    again = [] if "build" in fault else ["--resume", "auto"]
+    if "validation" in said:
+        assert read_checkpoint(tmp_path / "checkpoints" / "step_4.pt").step == 4
+        again += ["--set", "validation.batch_size=1"]
+    assert run(command(base, data, tmp_path, *again)) == 0
+    assert steps_of(tmp_path) == steps_of(whole)
+    assert_same_weights(last(whole), last(tmp_path))
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the disk fills up in the middle of a line."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 1})
+    stream = log._stream
+
+    class Full:
+        room = 5
+
+        def write(self, content: bytes) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written, self.room = stream.write(content[: self.room]), 0
+            return written
+
+    monkeypatch.setattr(log, "_stream", Full())
+    for step in (2, 3):
+        log.write({"step": step})
+    monkeypatch.setattr(log, "_stream", stream)
+    for step in (4, 5):
+        log.write({"step": step})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
+        '{"step": 1}', '{"ste', '{"step": 4}', '{"step": 5}'
+    ]  # fmt: skip
+    assert caplog.text.count("Cannot write") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_log_without_any_room_closes(tmp_path: Path) -> None:
+    log = MetricsLog(Path("/dev/full"))
+    log.write({"step": 1})
+    log.close()
 
 
 @pytest.mark.parametrize("point", ["save.before_best", "save.before_checkpoint"])

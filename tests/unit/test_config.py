@@ -114,6 +114,16 @@ def test_sources_may_be_written_short(text: str, sources: list[tuple[str, float]
     assert config.data.skip_bad
 
 
+@pytest.mark.parametrize(
+    "text", ["data=a.jsonl", "data.sources=[a.jsonl]", "data=[{path: a.jsonl}]"]
+)
+def test_sources_may_be_set_short(text: str) -> None:
+    config = load_config(assignments=[text], overrides={"data.sources": [{"path": "b"}]})
+    assert [source.path for source in config.data.sources] == ["b"]
+    config = load_config(assignments=[text])
+    assert [source.path for source in config.data.sources] == ["a.jsonl"]
+
+
 def test_a_mistake_in_a_short_list_of_sources_has_its_line() -> None:
     text = "data:\n  - path: a.jsonl\n    wieght: 2\n"
     with pytest.raises(UsageError, match=r"c\.yaml:3: .*`?data.*wieght"):

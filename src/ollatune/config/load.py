@@ -221,6 +221,7 @@ def load_config(
                 hint="For example --set training.epochs=2.",
             )
         _assign(parsed, key.strip(), _parse_value(text, f"--set {key.strip()}"))
+    _write_out_sources(parsed)
     for key, value in (overrides or {}).items():
         _assign(parsed, key, value)
         parsed.flagged.add(tuple(key.split(".")))

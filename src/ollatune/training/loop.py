@@ -29,7 +29,13 @@ from ollatune.training.distributed import Processes
 from ollatune.training.divergence import handle_divergence, watch_spikes
 from ollatune.training.interrupts import StopRequest, stopped_before_training
 from ollatune.training.loss_scale import LossScale
-from ollatune.training.memory_faults import OUT_OF_MEMORY_HINT, is_out_of_memory
+from ollatune.training.memory_faults import (
+    OUT_OF_MEMORY_HINT,
+    UPDATE_HINT,
+    VALIDATION_HINT,
+    is_out_of_memory,
+    out_of_memory_ends,
+)
 from ollatune.training.reports import (
     Hooks,
     LossSpikeError,
@@ -125,10 +131,15 @@ class TrainingRun:
         if has_trained:
             state.train_loss = state.epoch_loss_sum / state.epoch_targets
         try:
-            val_loss = self.hooks.validate(state)
-        except ValidationLeftError:
+            with out_of_memory_ends(f"in the validation after step {state.step}", VALIDATION_HINT):
+                val_loss = self.hooks.validate(state)
+        except (ValidationLeftError, OutOfMemoryError) as error:
             state.train_loss = before  # a resumed run validates here
-            self._stop()
+            if isinstance(error, ValidationLeftError):
+                self._stop()
+            if self.processes.count == 1 and state.last_saved_step != state.step:  # or others wait
+                self._save(f"step_{state.step}.pt", is_best=False)
+            raise
         if epoch_ended:
             state.epoch_loss_sum, state.epoch_targets = 0.0, 0
         state.last_validated_step, state.val_loss = state.step, val_loss
@@ -231,7 +242,8 @@ class TrainingRun:
             raise NonFiniteError(f"loss {mean_loss}, gradient norm {grad_norm}")
         watch_spikes(self, mean_loss)
         rate = self.schedule.at(state.step) * state.learning_rate_factor
-        with self.phases.phase("optimizer"):
+        with self.phases.phase("optimizer"), out_of_memory_ends("in the update", UPDATE_HINT):
+            fault_point("train.update")
             self.sharing.step(rate)
         self.loss_scale.went_well()
         self.spikes.took(mean_loss)

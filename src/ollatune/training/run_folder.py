@@ -167,19 +167,34 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         make_folder(path.parent)
         self.path = path
+        self._is_torn = self._has_warned = False
         try:
-            self._stream = path.open("a", encoding="utf-8")
+            self._stream = path.open(
+                "ab", buffering=0
+            )  # what cannot be written must not wait for the end
         except OSError as error:
             raise storage_error(error, path) from error
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line. A failing disk is reported once and does not end the run: checkpoints will."""
+        """Append one line. A failing disk is reported once and does not end the run: checkpoints will.
+
+        Lines that could not be written are missing; the next one that can begins on a line of its own.
+        """
+        written = {key: finite(value) for key, value in values.items()}
+        line = json.dumps(written, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        left = b"\n" * self._is_torn + line
         try:
-            written = {key: finite(value) for key, value in values.items()}
-            self._stream.write(json.dumps(written, ensure_ascii=False, allow_nan=False) + "\n")
-            self._stream.flush()
+            while left:
+                left = left[self._stream.write(left) :]
         except OSError as error:
-            get_logger("training").warning("Cannot write %s: %s", self.path, error.strerror)
+            self._is_torn = self._is_torn or len(left) < len(line)
+            if not self._has_warned:
+                get_logger("training").warning(
+                    "Cannot write %s: %s. Lines will be missing there.", self.path, error.strerror
+                )
+            self._has_warned = True
+        else:
+            self._is_torn = False
 
     def close(self) -> None:
         self._stream.close()

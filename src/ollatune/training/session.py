@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ollatune.base.errors import Interrupted, OutOfMemoryError, StorageError
+from ollatune.base.errors import Interrupted, OllatuneError, OutOfMemoryError, StorageError
 from ollatune.base.faults import fault_point
 from ollatune.base.files import require_writable
 from ollatune.base.leaving import first_process_speaks
@@ -63,6 +63,7 @@ from ollatune.training.identity import identity_of, require_same_run
 from ollatune.training.interrupts import stopped_before_training
 from ollatune.training.length import make_schedule, total_steps
 from ollatune.training.loop import TrainingRun
+from ollatune.training.memory_faults import OUT_OF_MEMORY_HINT, is_out_of_memory
 from ollatune.training.memory_summary import memory_by_part, memory_text
 from ollatune.training.placement import Placement, choose_mode
 from ollatune.training.profiling import StepProfiler
@@ -152,6 +153,9 @@ class Session:
         """A signal outside the loop as an error that says how to go on; a failing disk with what is safe on it."""
         if not isinstance(error, StopSignal):
             assert isinstance(error, Exception)
+            if is_out_of_memory(error) and not isinstance(error, OllatuneError):
+                cause, error = error, OutOfMemoryError("Out of memory.", hint=OUT_OF_MEMORY_HINT)
+                error.__cause__ = cause
             newest = getattr(self, "store", None) and self.store.newest
             if isinstance(error, StorageError) and newest and str(newest) not in error.hint:
                 error.hint += f" {newest} is whole: --resume auto goes on from it."
