@@ -226,3 +226,49 @@ def test_a_best_model_that_is_gone_is_made_from_the_checkpoints(
     assert not after.optimizer_state_dict
     assert not after.resume
     assert_same_weights(best, last(begun))
+
+
+# ----- other data, other ways to name a checkpoint -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "checkpoint", "steps", "said"),
+    [
+        (
+            40,
+            "epoch_1.pt",
+            5 + 10,
+            "40 examples now, 20 before: the run goes on after 0 of epoch 2",
+        ),
+        (8, "epoch_1.pt", 5 + 2, "8 examples now, 20 before: the run goes on after 0 of epoch 2"),
+        (40, "step_2.pt", 2 + 6 + 10, "20 before: the run goes on after 16 of epoch 1"),
+    ],
+)
+def test_other_data_by_force_goes_on_at_the_same_place(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], train: int,
+    checkpoint: str, steps: int, said: str,
+) -> None:  # fmt: skip
+    output = tmp_path / "out"
+    keep = ["--set", "training.checkpoint_every_steps=2", "--set", "training.keep_checkpoints=9"]
+    with inject("train.step:terminate@3"):
+        assert run(train_command(base, data, output, *keep)) == 143
+    if checkpoint == "epoch_1.pt":
+        assert _resume(base, data, output, "auto", *keep) == 0
+    other, source = tmp_path / "other", output / "checkpoints" / checkpoint
+    if checkpoint == "step_2.pt":
+        source = min((output / "checkpoints").glob("step_*.pt"))
+        assert read_checkpoint(source).step == 2
+    more = write_records(tmp_path / "data", train=train)
+    assert _resume(base, more, other, source) == UsageError.exit_code
+    assert _resume(base, more, other, source, "--force") == 0
+    assert said in capsys.readouterr().err
+    assert _run_json(other)["steps"] == steps
+    assert last(other).is_file()
+
+
+def test_an_output_folder_names_its_newest_checkpoint(
+    base: Path, data: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _resume(base, data, tmp_path / "new", begun) == 0
+    said = capsys.readouterr().err
+    assert f"Resumed from {begun / 'checkpoints' / 'epoch_2.pt'}: epoch 2, step 10" in said

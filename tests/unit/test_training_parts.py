@@ -36,14 +36,32 @@ def test_schedule_values(name: ScheduleName, expected: list[float]) -> None:
     assert [schedule.at(step) for step in range(7)] == pytest.approx([8 * e for e in expected])
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_schedule_is_transformers_without_warmup(name: ScheduleName) -> None:
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.3)
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=20)
-    ours = Schedule(name, 0.3, 0, 20)
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize(
+    ("name", "called", "settings"),
+    [
+        ("linear", "linear", {}),
+        ("cosine", "cosine", {}),
+        ("constant", "constant_with_warmup", {}),
+        ("polynomial", "polynomial", {"lr_end": 0.0, "power": 2.0}),
+        ("polynomial", "polynomial", {"lr_end": 0.03, "power": 1.0}),
+        ("cosine", "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ],
+)
+def test_schedules_are_transformers_after_the_warmup(
+    name: ScheduleName, called: str, settings: dict[str, float], warmup: int
+) -> None:
+    """In the warm-up ours is one part of warmup + 1 ahead: their first step has the rate 0 and teaches nothing."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = get_scheduler(called, optimizer, warmup, 20, scheduler_specific_kwargs=settings)
+    end = settings.get("min_lr_rate", settings.get("lr_end", 0.0) / 0.3)
+    ours = Schedule(name, 0.3, warmup, 20, end, settings.get("power", 1.0))
     for step in range(20):
-        assert ours.at(step) == pytest.approx(theirs.get_last_lr()[0])
+        expected = theirs.get_last_lr()[0]
+        if step < warmup:
+            assert expected == pytest.approx(0.3 * step / warmup)
+            expected = 0.3 * (step + 1) / (warmup + 1)
+        assert ours.at(step) == pytest.approx(expected)
         optimizer.step()
         theirs.step()
 

@@ -101,7 +101,7 @@ def checkpoint_folder(config: Config) -> Path:
 
 def _find_checkpoint(options: TrainOptions) -> Resumed:
     from ollatune.checkpoint.folders import is_checkpoint_folder
-    from ollatune.checkpoint.store import load_checkpoint, newest_checkpoint
+    from ollatune.checkpoint.store import checkpoints_in, load_checkpoint, newest_checkpoint
 
     assert options.resume is not None
     if options.resume == "auto":
@@ -112,6 +112,8 @@ def _find_checkpoint(options: TrainOptions) -> Resumed:
         return Resumed(path, checkpoint)
     path = Path(options.resume)
     if path.is_dir() and not is_checkpoint_folder(path):
+        if not checkpoints_in(path) and (path / "checkpoints").is_dir():
+            path /= "checkpoints"  # an output folder
         path, checkpoint = newest_checkpoint(path, with_tensors=False)
         return Resumed(path, checkpoint)
     return Resumed(path, load_checkpoint(path, with_tensors=False))

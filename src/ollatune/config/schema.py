@@ -79,7 +79,10 @@ class TrainingConfig(Section):
     warmup_steps: int = Field(
         100,
         ge=0,
-        description="Optimiser steps of linear warm-up. Ignored if `warmup_fraction` is set.",
+        description=(
+            "Optimiser steps of linear warm-up: the first of N has 1/(N+1) of the peak, the one after them the peak. "
+            "Ignored if `warmup_fraction` is set."
+        ),
     )
     warmup_fraction: Fraction | None = Field(
         None, description="Warm-up as a fraction of all steps, instead of `warmup_steps`."
@@ -100,7 +103,12 @@ class TrainingConfig(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Added to the denominator of Adam.")
     weight_decay: float = Field(
-        0.01, ge=0, description="Decoupled weight decay; never on biases, norms and embeddings."
+        0.01,
+        ge=0,
+        description=(
+            "Weight decay, never on biases, norms and embeddings: decoupled in AdamW and Adafactor, part of the "
+            "gradient in SGD, none in Adam."
+        ),
     )
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients are clipped to this global norm; 0 turns clipping off."

@@ -56,6 +56,7 @@ def make_checkpoint(
             "loss_spikes": run.spikes.state(),
             "dropout": [layer.dropout for layer in lora_layers(run.model).values()],
             "data_digest": identity.data_digest,
+            "epoch_size": run.loader.epoch_size,
             "overrides": identity.overrides,
             "batch_plan": {
                 "batch_size": run.loader.settings.batch_size,
@@ -77,6 +78,7 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
         )
     run.sharing.load(checkpoint)
     run.state = RunState(**checkpoint.resume["state"])
+    _fit_position(run, checkpoint.resume.get("epoch_size"))
     run.early_stopping.load(checkpoint.resume["early_stopping"])
     # With more patience than before, a run that was stopped early goes on.
     run.state.stopped_early = run.state.stopped_early and run.early_stopping.should_stop
@@ -96,6 +98,20 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
             checkpoint.config["training"]["optimizer"], run.config.training.optimizer,
         )  # fmt: skip
     restore_random_states(checkpoint.resume["random"], run.device)
+
+
+def _fit_position(run: TrainingRun, before: int | None) -> None:
+    """With other data (by force) the run goes on in the same epoch, after the same share of it."""
+    now = run.loader.epoch_size
+    if before is None or before == now:
+        return
+    epoch, offset = divmod(run.state.position, before)
+    run.state.position = epoch * now + offset * now // before
+    run.state.skipped_positions = []  # other examples are there now
+    get_logger("training").warning(
+        "An epoch has %d examples now, %d before: the run goes on after %d of epoch %d.",
+        now, before, offset * now // before, epoch + 1,
+    )  # fmt: skip
 
 
 class Saver:
