@@ -480,7 +480,22 @@ CASES = [
         "Expected one of",
         suffix=".xlsx",
     ),
+    Case(
+        "a record over several lines",
+        b'{"instruction": "a",\n "response": "b"}\n',
+        ":1",
+        "goes on in the next line: this is JSON",
+        "`.json`",
+    ),
     # JSON arrays
+    Case(
+        "comma before the bracket",
+        b'[{"instruction": "a", "response": "b"},\n]',
+        ":2:1",
+        "a comma before the closing ]",
+        "Remove the comma",
+        suffix=".json",
+    ),
     Case(
         "array cut off",
         json.dumps(GOOD, indent=0).encode()[:-3],

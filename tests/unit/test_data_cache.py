@@ -353,3 +353,22 @@ def test_many_pieces_need_few_open_files(tmp_path: Path) -> None:
     before = psutil.Process().num_fds()
     assert_equal(splits, in_memory(data))
     assert psutil.Process().num_fds() - before < 200
+
+
+def test_bad_records_that_were_once_skipped_stop_a_run_that_skips_none(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*exchanges(40), {"instruction": "x", "response": 5}])
+    assert cached(path, tmp_path / "cache", skip_bad=True).report.num_rejected == 1
+    with pytest.raises(RecordError, match=r"a\.jsonl:41: `response` must be text"):
+        cached(path, tmp_path / "cache")
+
+
+def test_fields_that_are_not_trained_on_are_the_same(tmp_path: Path) -> None:
+    rows = [{**row, f"extra{i % 5}": 1, "q": "x"} for i, row in enumerate(exchanges(40))]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    columns = {"instruction": "instruction", "response": "response", "system": "p"}
+    report = cached(path, tmp_path / "cache", columns=columns).report
+    assert report == in_memory(path, columns=columns).report
+    assert report.unused_fields == {str(path): [*(f"extra{i}" for i in range(5)), "q"]}
+    assert f"{path}: no record has the column `p` (mapped to `system` in `data.columns`)." in (
+        report.warnings
+    )

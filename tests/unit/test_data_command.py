@@ -15,6 +15,7 @@ RESULT = {
     "template": {"source": "jinja", "digest": "0123456789abcdef", "text": "…"},
     "report": {
         "forms": {"a.jsonl": "instruction"},
+        "unused_fields": {"a.jsonl": ["id", "topic\x1b"]},
         "splits": {
             "train": {
                 "num_records": 2, "num_tokens": 10, "num_target_tokens": 4, "target_share": 0.4,
@@ -44,7 +45,7 @@ def test_targets_are_marked_and_escapes_shown() -> None:
             "--- example 1 (no. 7): 5 tokens, 2 targets",
             "Q\\x1b[31m: ⟦A<end>⟧",
             "--- the whole data",
-            "a.jsonl: instruction",
+            "a.jsonl: instruction (not trained on: `id`, `topic\\x1b`)",
             "train: 2 examples, 10 tokens, 4 targets (40%)",
             "tokens per training example:",
             "  0-4       4 ████████████████████████████████████████",

@@ -222,6 +222,14 @@ def test_sources_are_weighted_and_no_source_is_an_error(tmp_path: Path) -> None:
     assert data_sources(config, tmp_path) == [DataSource(path=str(tmp_path))]
 
 
+def test_a_curriculum_by_score_needs_scores(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", exchanges(8))
+    config = make_config(curriculum="score")
+    splits = load(path, curriculum="score")
+    with pytest.raises(UsageError, match="`score`, which no record has"):
+        make_order(splits.train, config, seed=1, sources=[DataSource(path=str(path))])
+
+
 def test_curriculum_begins_with_the_shortest_or_the_lowest_score(tmp_path: Path) -> None:
     rows = [
         {"instruction": "q", "response": "a" * (1 + (7 * i) % 13), "score": -i} for i in range(12)

@@ -252,3 +252,34 @@ def test_a_folder_without_training_files_says_so(tmp_path: Path) -> None:
             prepare(
                 make_config(), [DataSource(path=str(tmp_path / folder))], tmp_path / "out", seed=1
             )
+
+
+def test_raw_data_is_never_overwritten(tmp_path: Path) -> None:
+    raw = write_jsonl(tmp_path / "data" / "train.jsonl", exchanges(20))
+    before = raw.read_bytes()
+    with pytest.raises(UsageError, match="is read, and it lies in the output folder"):
+        prepared(tmp_path / "data", tmp_path / "data", overwrite=True)
+    assert raw.read_bytes() == before
+    write_jsonl(tmp_path / "data" / "out" / "train.jsonl", exchanges(3))
+    with pytest.raises(UsageError, match="is read, and it lies in the output folder"):
+        prepared(tmp_path / "data", tmp_path / "data" / "out", overwrite=True)
+
+
+def test_answers_among_documents_are_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "raw" / "a.jsonl", [{"text": "once"}, {"text": "twice"}])
+    chat = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
+    write_jsonl(tmp_path / "raw" / "b.jsonl", [{"messages": chat}])
+    with pytest.raises(InputError, match=r"b\.jsonl:1: a record with an answer among plain docume"):
+        prepared(tmp_path / "raw", tmp_path / "out")
+
+
+def test_weights_tell_records_apart(tmp_path: Path) -> None:
+    def row(weight: int) -> dict[str, Any]:
+        turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+        messages: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in turns]
+        messages[1]["weight"] = weight
+        return {"messages": messages}
+
+    raw = write_jsonl(tmp_path / "raw.jsonl", [row(0), row(1), row(0)])
+    report = prepared(raw, tmp_path / "out", validation_fraction=0.0)
+    assert (report.num_records["train"], report.num_duplicates_removed) == (2, 1)

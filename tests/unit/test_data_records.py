@@ -48,6 +48,14 @@ def turns(value: Any, **settings: Any) -> list[tuple[str, str]]:
             {"instruction": "a", "input": "", "output": "c", "history": [["q", "r"]]},
             [("user", "q"), ("assistant", "r"), ("user", "a"), ("assistant", "c")],
         ),
+        (
+            {"instruction": "a", "input": "b", "response": "c", "history": [["q", "r"]]},
+            [("user", "q"), ("assistant", "r"), ("user", "a\n\nb"), ("assistant", "c")],
+        ),
+        (
+            {"instruction": "a", "context": "b", "input": "", "output": "c"},
+            [("user", "a\n\nb"), ("assistant", "c")],
+        ),
         ({"prompt": "p", "completion": " c"}, [("user", "p"), ("assistant", " c")]),
         (
             {
@@ -204,7 +212,18 @@ A = {"role": "assistant", "content": "a"}
             "images",
         ),
         ({"conversations": [{"from": "humn", "value": "a"}]}, "'humn'", "`human`"),
-        ({"messages": [U, A], "score": "x"}, "`score` must be a number", "rename"),
+        ({"messages": [U, A], "score": "x"}, "`score` must be a number, found 'x'", "rename"),
+        ({"messages": [U, A], "score": None}, "`score` must be a number, found null", "rename"),
+        (
+            {"system": "a", "messages": [{"role": "system", "content": "b"}, U, A]},
+            "there are two system messages, `system` and the first of `messages`",
+            "Keep one",
+        ),
+        (
+            {"instruction": "a", "context": "b", "input": "c", "output": "d"},
+            "`context` and `input` are both filled in",
+            "Join them",
+        ),
         ({"messages": [U, A], "tools": [{"x": 1}]}, "`tools[0]` has no function name", "function"),
     ],
 )
@@ -256,3 +275,22 @@ def test_digests_differ_where_the_content_does() -> None:
 def test_a_mapped_name_that_is_no_field_of_ours_names_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"maps `instrucion`, .* Did you mean `instruction`\?"):
         RecordReader(columns={"instrucion": "q"})
+
+
+def test_one_column_cannot_be_two_fields() -> None:
+    with pytest.raises(UsageError, match="maps `q` to both `instruction` and `response`"):
+        RecordReader(columns={"instruction": "q", "response": "q"})
+
+
+def test_fields_that_are_not_trained_on_are_noted() -> None:
+    reader = RecordReader(columns={"prompt": "q", "completion": "a", "system": "role"})
+    for number in range(3):
+        reader(Record({"q": "1", "a": "2", f"id{number}": 3, "context": "c"}, HERE))
+    seen = reader.seen
+    assert seen.unused == {"id0", "id1", "id2", "context"}
+    seen.forms.add("prompt-completion")
+    assert seen.warnings("a.jsonl", {"prompt": "q", "completion": "a", "system": "id9"}) == [
+        "a.jsonl: `context` is no field of the prompt-completion form and is not trained on. "
+        "Name it in `data.columns`, or put it into the question.",
+        "a.jsonl: no record has the column `id9` (mapped to `system` in `data.columns`). Did you mean `id2`?",
+    ]

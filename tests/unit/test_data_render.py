@@ -13,6 +13,8 @@ from ollatune.base.errors import InputError
 from ollatune.data.conversation import ChatMessage, Conversation, Document
 from ollatune.data.position import Position, RecordError
 from ollatune.data.render import Rendered
+from ollatune.data.shown import Hidden
+from ollatune.templates import load_chat_template
 from tests.data_fakes import BOS, END, EOS, START, ByteTokenizer, ChatMLTemplate, make_renderer
 
 HERE = Position("a.jsonl", 3)
@@ -195,6 +197,90 @@ def test_the_first_token_of_a_cut_answer_is_no_target() -> None:
 def test_truncation_error_names_the_length() -> None:
     with pytest.raises(RecordError, match=r"a\.jsonl:3: \d+ tokens, at most 120 fit"):
         render(LONG, 120, truncation="error")
+
+
+@pytest.mark.parametrize("where", ["middle", "left"])
+def test_long_chats_lose_turns_or_context_but_no_answer_its_beginning(where: Any) -> None:
+    turns = [
+        t for i in range(40) for t in (("user", f"{i}: " + "q" * 60), ("assistant", f"a{i:02}."))
+    ]
+    # 40 answers with their markup and 16 characters of each question are longer than `left` leaves, and than 2800.
+    rendered = render(chat(*turns), 600 if where == "left" else 2800, truncation=where)
+    assert rendered.is_truncated
+    assert not rendered.is_answer_cut
+    shown = text(rendered)
+    assert shown.startswith("<|im_start|>user\n")
+    answers = target_text(rendered).removesuffix("<|im_end|>").split("<|im_end|>")
+    assert answers == [f"a{i:02}." for i in range(40 - len(answers), 40)]
+    if where == "middle":
+        assert len(answers) == 40
+    else:  # no turn more than has to be
+        one_more = chat(*turns[-2 * (len(answers) + 1) :])
+        assert len(render(one_more).example) > 600
+
+
+def test_an_answer_of_weight_zero_cannot_be_the_only_one_learned() -> None:
+    turns = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    turns.messages[3].is_trained = False
+    with pytest.raises(
+        RecordError, match=r"only the last answer is learned .*, and its weight is 0"
+    ):
+        render(turns, targets="last")
+
+
+CHATML = (
+    "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"at": "Rome"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def served(jinja: str) -> Any:
+    renderer = make_renderer()
+    renderer.template = load_chat_template(jinja_text=jinja, end_of_turn_texts=["<|im_end|>"])
+    return renderer
+
+
+def test_what_the_template_does_not_show_is_told() -> None:
+    sample = chat(("system", "Speak Latin only."), ("user", "Hi"), ("assistant", "Ave"))
+    sample.messages[2].thinking = "A greeting."
+    (rendered,) = served(CHATML)(sample, HERE)
+    assert rendered.hidden == Hidden(system=True, thinking=True)
+    with_system = CHATML.replace("{% if m.role != 'system' %}", "{% if true %}")
+    sample.messages[2].thinking = ""
+    (rendered,) = served(with_system)(sample, HERE)
+    assert rendered.hidden == Hidden()
+    with_system = with_system.replace(
+        "m.content", "m.content if m.role == 'assistant' else m.content|upper"
+    )
+    (rendered,) = served(with_system)(sample, HERE)
+    assert rendered.hidden == Hidden(system=True, turns=True)
+
+
+def test_tools_and_calls_that_the_template_does_not_show_are_refused() -> None:
+    call = ChatMessage("assistant", "", tool_calls=(CALL,))
+    messages = (
+        ChatMessage("user", "Weather?"),
+        call,
+        ChatMessage("tool", "Sunny", tool_name="weather"),
+        ChatMessage("assistant", "Sunny."),
+    )
+    with pytest.raises(RecordError, match=r"a\.jsonl:3: the chat template has no place for tool c"):
+        served(CHATML)(Conversation(messages), HERE)
+    plain = (ChatMessage("user", "Hi"), ChatMessage("assistant", "Hello"))
+    with pytest.raises(RecordError, match="the chat template has no place for tools"):
+        served(CHATML)(Conversation(plain, (TOOL,)), HERE)
+    calls = "{% for c in m.tool_calls %}<call>{{ c.function.name }}{% endfor %}{{ m.content }}"
+    shows_calls = CHATML.replace("{{ m.content }}", calls)
+    (rendered,) = served(shows_calls)(Conversation(messages), HERE)
+    assert target_text(rendered) == "<call>weather<|im_end|>Sunny.<|im_end|>"
+
+
+def test_thinking_alone_that_the_template_does_not_show_is_no_answer() -> None:
+    sample = Conversation((ChatMessage("user", "Hi"), ChatMessage("assistant", "", "Hm.")))
+    with pytest.raises(RecordError, match="shows nothing of an answer"):
+        served(CHATML)(sample, HERE)
 
 
 roles = st.lists(

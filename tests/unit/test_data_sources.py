@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import gzip
 import io
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ollatune.base.errors import InputError
+from ollatune.base.log import get_logger
 from ollatune.data.json_array import read_json
 from ollatune.data.jsonl import read_jsonl
 from ollatune.data.rejects import Rejections
@@ -220,3 +224,84 @@ def test_damaged_files_give_records_or_our_error(
         except InputError as error:
             errors.append(str(error))
     assert all(str(path) in error and "\n" not in error for error in errors)
+
+
+def test_endings_are_known_in_any_case(tmp_path: Path) -> None:
+    row = {"instruction": "a, b", "response": "c"}
+    (tmp_path / "A.TSV").write_text("instruction\tresponse\na, b\tc\n")
+    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(json.dumps(row).encode()))
+    for file in find_files(tmp_path):
+        assert [record.value for record in iter_records(file.path)] == [row]
+
+
+def test_times_in_nanoseconds_are_no_damage(tmp_path: Path) -> None:
+    """Python has no type for them, and no field of a record is one."""
+    path = tmp_path / "a.parquet"
+    kinds = {
+        "when": pa.array([2_000_001, None], pa.timestamp("ns", "UTC")),
+        "lasted": pa.array([2_001, None], pa.duration("ns")),
+        "at": pa.array([2_001, None], pa.time64("ns")),
+    }
+    pq.write_table(pa.table({"text": ["a", "b"], **kinds}), path)
+    first, second = (record.value for record in iter_records(path))
+    assert first == {
+        "text": "a",
+        "when": datetime.datetime(1970, 1, 1, 0, 0, 0, 2000, datetime.timezone.utc),
+        "lasted": datetime.timedelta(microseconds=2),
+        "at": datetime.time(0, 0, 0, 2),
+    }
+    assert second == {"text": "b", "when": None, "lasted": None, "at": None}
+
+
+TURN, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tools": [{"function": {"name": "f"}}], "messages": [TURN, ANSWER]},
+        {"prompt": [TURN], "completion": [ANSWER]},
+        {"chat": [TURN, ANSWER]},
+        {"dialog": [{"from": "human", "value": "a"}]},
+    ],
+)
+def test_lists_in_a_record_are_not_records(row: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row))
+    assert [record.value for record in iter_records(path)] == [row, row]
+
+
+def test_records_under_a_key_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": 1, "data": [{"text": "a"}]}))
+    with pytest.raises(InputError, match="the records stand under the key `data`"):
+        list(iter_records(path))
+
+
+def test_linked_folders_are_read_once_and_never_in_circles(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.jsonl").write_text('{"text": "a"}')
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "b.jsonl").write_text('{"text": "b"}')
+    os.symlink(elsewhere, data / "train", target_is_directory=True)
+    os.symlink(elsewhere, data / "twice", target_is_directory=True)
+    os.symlink(data, elsewhere / "back", target_is_directory=True)
+    found = [(str(f.path.relative_to(data)), f.split) for f in find_files(data)]
+    assert found == [("b.jsonl", None), (os.path.join("train", "a.jsonl"), "train")]
+
+
+def test_tables_are_data_whatever_their_name_and_what_is_left_out_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("notices.jsonl", "license-faq.csv", "README.md", "LICENSE.txt", "b.xlsx", "c.png"):
+        (tmp_path / name).write_text("x")
+    get_logger().propagate = True
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            found = [file.path.name for file in find_files(tmp_path)]
+    assert found == ["license-faq.csv", "notices.jsonl"]
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}: 1 files are of no kind that can be read and are left out: b.xlsx."
+    ]

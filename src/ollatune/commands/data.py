@@ -125,7 +125,9 @@ def data_text(result: dict[str, Any], *, color: bool = False) -> str:
         lines.append("".join(_piece_text(piece, color) for piece in example["pieces"]))
     lines.append("--- the whole data")
     for path, form in result["report"]["forms"].items():
-        lines.append(f"{path}: {form}")
+        unused = result["report"]["unused_fields"].get(path)
+        names = ", ".join(f"`{printable(name, limit=40)}`" for name in unused or ())
+        lines.append(f"{path}: {form}" + (f" (not trained on: {names})" if names else ""))
     for name, split in result["report"]["splits"].items():
         lines.append(
             f"{name}: {split['num_records']} examples, {split['num_tokens']} tokens, "

@@ -15,6 +15,7 @@ from ollatune.checkpoint.format import Checkpoint
 from ollatune.config.load import ParsedYaml, load_config
 from ollatune.config.schema import Config, DataSource
 from ollatune.data.conversation import Conversation, Document, Sample
+from ollatune.data.forms import Seen
 from ollatune.data.load import iter_samples, source_files
 from ollatune.data.rejects import Rejections
 from ollatune.evaluation.compare import limits_for
@@ -86,7 +87,7 @@ def held_out_samples(config: Config, path: Path | None, split: str = "test") -> 
     by_split: dict[str | None, list[Sample]] = {}
     for source in sources:
         rejections = Rejections(skip_bad=config.data.skip_bad)
-        for sample, _, found in iter_samples(source, config.data, method, rejections, set()):
+        for sample, _, found in iter_samples(source, config.data, method, rejections, Seen()):
             by_split.setdefault(found, []).append(sample)
     wanted: list[str | None] = [split, "validation"]
     if path is not None and len([f for s in sources for f in source_files(s, method)]) == 1:

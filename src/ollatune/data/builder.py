@@ -77,6 +77,9 @@ class StoreBuilder:
             counts.longest_before = max(counts.longest_before, item.num_tokens_before)
             counts.num_ends += item.num_ends
             counts.num_early_ends += item.num_early_ends
+            counts.num_hidden_system += item.hidden.system
+            counts.num_hidden_turns += item.hidden.turns
+            counts.num_hidden_thinking += item.hidden.thinking
 
     def columns(self) -> dict[str, npt.NDArray[np.generic]]:
         """All columns but the tokens."""

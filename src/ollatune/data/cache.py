@@ -11,14 +11,14 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ollatune.base.files import clean_staging, make_folder, storage_error
 from ollatune.base.locks import LocksUnsupportedError, try_lock
 from ollatune.base.log import get_logger
-from ollatune.config.schema import DataConfig
+from ollatune.config.schema import DataConfig, DataSource
 from ollatune.data.cache_build import (
     CacheJob,
     build_chunks,
@@ -28,6 +28,7 @@ from ollatune.data.cache_build import (
 )
 from ollatune.data.chunks import CHUNK_BYTES, Chunk, plan_chunks, scan_file
 from ollatune.data.conversation import Sample
+from ollatune.data.forms import TEXT_FILE, Seen
 from ollatune.data.load import (
     DatasetSplits,
     Method,
@@ -38,13 +39,13 @@ from ollatune.data.load import (
 from ollatune.data.position import FileError, Position, RecordError
 from ollatune.data.progress import Progress
 from ollatune.data.protocols import MakeRendererParts, PromptTemplate, Tokenizer
-from ollatune.data.records import TEXT_FILE, RecordReader
+from ollatune.data.records import RecordReader
 from ollatune.data.rejects import Rejections
 from ollatune.data.report import RenderCounts
-from ollatune.data.sources import iter_records
+from ollatune.data.sources import DataFile, iter_records
 from ollatune.data.store import TokenStore
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _LOCK_POLL_SECONDS = 0.2
 
 
@@ -82,7 +83,7 @@ def load_cached(
     ]
     key = _digest(
         _FORMAT_VERSION, chunk_bytes, tokenizer.digest, template.digest, method, max_length, config.targets,
-        config.truncation, config.system, config.columns,
+        config.truncation, config.system, config.columns, config.skip_bad,
         [source.columns for source in sources],
         [[(f.path.name, f.split, fact.sha256) for f, fact in zip(*pair, strict=True)]
          for pair in zip(files, facts, strict=True)],
@@ -119,12 +120,7 @@ def load_cached(
         method=method,
         max_length=max_length,
         seed=seed,
-        forms={
-            source.path: ", ".join(
-                sorted({_form_name(forms[str(file.path)]) for file in of_source})
-            )
-            for source, of_source in zip(sources, files, strict=True)
-        },
+        seen=_seen(sources, files, forms, chunks, manifests),
         rendering=rendering,
         rejections=rejections,
         sample_of=sample_of,
@@ -173,8 +169,22 @@ def _first_form(
     return None
 
 
-def _form_name(form: tuple[str, Position] | None) -> str:
-    return form[0] if form else TEXT_FILE
+def _seen(
+    sources: Sequence[DataSource],
+    files: Sequence[Sequence[DataFile]],
+    forms: Mapping[str, tuple[str, Position] | None],
+    chunks: Sequence[Chunk],
+    manifests: Sequence[dict[str, Any]],
+) -> dict[str, Seen]:
+    """What the records of each source had, from its files' forms and its pieces' manifests."""
+    found = [Seen() for _ in sources]
+    for met, of_source in zip(found, files, strict=True):
+        met.forms = {form[0] if (form := forms[str(f.path)]) else TEXT_FILE for f in of_source}
+    for chunk, manifest in zip(chunks, manifests, strict=True):
+        found[chunk.source_id].add(
+            Seen(unused=set(manifest["unused"]), columns=set(manifest["columns"]))
+        )
+    return {source.path: met for source, met in zip(sources, found, strict=True)}
 
 
 def _rejections(manifest: dict[str, Any], skip_bad: bool) -> Rejections:

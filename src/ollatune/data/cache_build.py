@@ -26,6 +26,7 @@ from ollatune.config.schema import DataConfig, DataSource
 from ollatune.data.builder import StoreBuilder, stored_arrays
 from ollatune.data.chunks import Chunk, iter_chunk
 from ollatune.data.conversation import Sample
+from ollatune.data.forms import Seen
 from ollatune.data.load import Method, check_method
 from ollatune.data.position import Position, RecordError
 from ollatune.data.progress import Progress
@@ -159,9 +160,9 @@ def make_renderer(job: CacheJob, tokenizer: Tokenizer, template: PromptTemplate)
 
 
 def iter_chunk_samples(
-    job: CacheJob, chunk: Chunk, rejections: Rejections
+    job: CacheJob, chunk: Chunk, rejections: Rejections, seen: Seen | None = None
 ) -> Iterator[tuple[Sample, Position]]:
-    """Good samples of one piece, in normal form. Raises what `Rejections` raises."""
+    """Good samples of one piece, in normal form; what they had is added to `seen`. Raises what `Rejections` raises."""
     columns = job.sources[chunk.source_id].columns or job.config.columns
     reader = RecordReader(columns=columns, system=job.config.system)
     if form := job.forms[chunk.path]:
@@ -175,15 +176,18 @@ def iter_chunk_samples(
             continue
         fault_point("data.record")
         yield sample, record.position
+    if seen is not None:
+        seen.add(reader.seen)
 
 
 def _make_chunk(job: CacheJob, renderer: Renderer, number: int, chunk: Chunk) -> None:
     """Write one piece: tokens and columns first, the manifest that makes them count last."""
     tokens_path, columns_path, manifest_path = _chunk_paths(job.folder, number)
-    rejections = Rejections(skip_bad=job.config.skip_bad)
+    rejections, seen = Rejections(skip_bad=job.config.skip_bad), Seen()
     with staged_file(tokens_path) as stream:
         builder = StoreBuilder(lambda tokens: stream.write(tokens.tobytes()))
-        for ordinal, (sample, position) in enumerate(iter_chunk_samples(job, chunk, rejections)):
+        samples = iter_chunk_samples(job, chunk, rejections, seen)
+        for ordinal, (sample, position) in enumerate(samples):
             try:
                 rendered = renderer(sample, position)
             except RecordError as error:
@@ -203,6 +207,8 @@ def _make_chunk(job: CacheJob, renderer: Renderer, number: int, chunk: Chunk) ->
             "num_good": rejections.num_good,
             "rejected": [[*error.position, error.cause, error.cure] for error in rejections.errors],
             "rendering": asdict(builder.counts),
+            "unused": sorted(seen.unused),
+            "columns": sorted(seen.columns),
         },
     )
 

@@ -14,7 +14,7 @@ from ollatune.data.jsonl import Reject, read_jsonl
 from ollatune.data.position import Record
 from ollatune.data.sources import DataFile, data_suffix, iter_records
 from ollatune.data.split import split_number
-from ollatune.data.streams import COMPRESSED_SUFFIXES, damage_reported, open_data, open_regular
+from ollatune.data.streams import compression, damage_reported, open_data, open_regular
 from ollatune.data.tables import open_parquet, read_parquet
 
 CHUNK_BYTES = 8 << 20
@@ -93,7 +93,7 @@ def plan_chunks(
     for file, fact in zip(files, facts, strict=True):
         path, split = str(file.path), split_number(file.split)
         suffix = data_suffix(file.path)
-        if suffix in (".jsonl", ".ndjson") and file.path.suffix not in COMPRESSED_SUFFIXES:
+        if suffix in (".jsonl", ".ndjson") and not compression(file.path):
             ends = [*(start for start, _ in fact.cuts[1:]), fact.size_bytes]
             for (start, line), end in zip(fact.cuts, ends, strict=True):
                 yield Chunk(path, source_id, split, end - start, lines=(start, line))

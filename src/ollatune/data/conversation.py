@@ -43,6 +43,8 @@ class Conversation:
                 # Lengths keep ("ab", "c") and ("a", "bc") apart.
                 hasher.update(b"%d:" % len(encoded))
                 hasher.update(encoded)
+            if not message.is_trained:
+                hasher.update(b"context only")
             if message.tool_calls:
                 hasher.update(_canonical(message.tool_calls))
         if self.tools:

@@ -13,7 +13,7 @@ from ollatune.data.load import DatasetSplits, Method, data_sources, load_example
 from ollatune.data.progress import Progress
 from ollatune.data.protocols import MakeRendererParts, PromptTemplate, Tokenizer
 from ollatune.data.sources import data_suffix
-from ollatune.data.streams import COMPRESSED_SUFFIXES, file_error
+from ollatune.data.streams import compression, file_error
 
 LARGE_BYTES = 64 << 20
 """Data of at least this size is cached on disk."""
@@ -74,5 +74,5 @@ def _size_bytes(path: Path) -> int:
         size = path.stat().st_size
     except OSError as error:
         raise file_error(path, error) from error
-    is_packed = path.suffix in COMPRESSED_SUFFIXES or data_suffix(path) == ".parquet"
+    is_packed = bool(compression(path)) or data_suffix(path) == ".parquet"
     return size * _EXPANSION if is_packed else size

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ollatune.base.text import format_bytes
+from ollatune.data.forms import has_form
 from ollatune.data.jsonl import MAX_RECORD_BYTES, Reject, explain_json, scan
 from ollatune.data.position import FileError, Position, Record, RecordError
 from ollatune.data.streams import damage_reported
@@ -171,8 +172,12 @@ def read_json(stream: BinaryIO, path: Path, reject: Reject) -> Iterator[Record]:
                         "Correct the array.",
                     )
                 window.advance(window.at + 1)
-                if not window.skip_spaces():
+                if not (following := window.skip_spaces()):
                     continue
+                if following == "]":
+                    raise FileError(
+                        window.position(), "a comma before the closing ]", "Remove the comma."
+                    )
             is_first = False
             position = window.position()
             value = _next_value(window)
@@ -188,8 +193,11 @@ def read_json(stream: BinaryIO, path: Path, reject: Reject) -> Iterator[Record]:
 
 
 def _refuse_wrapped(value: dict[str, Any], is_array: bool, position: Position) -> None:
+    if is_array or len(value) > 3 or has_form(value):
+        return
     lists = [k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
-    if not is_array and len(value) <= 3 and lists and lists[0] not in ("messages", "conversations"):
+    # Turns of a chat in a column with a name of its own are a record, too.
+    if lists and not any("role" in value[name][0] or "from" in value[name][0] for name in lists):
         raise FileError(
             position,
             f"the records stand under the key `{lists[0]}` instead of at the top",

@@ -203,7 +203,19 @@ def parse_line(line: bytes, position: Position) -> dict[str, Any]:
             "the record goes on in the next line: this is JSON, not JSON Lines",
             "Rename the file so that it ends in `.json`.",
         )
-    value, end = _parse(text, start, position)
+    try:
+        value, end = _parse(text, start, position)
+    except RecordError as error:
+        is_cut_at_end = error.position.column > len(
+            text.rstrip()
+        )  # and not in the middle of a text
+        if position.line == 1 and is_cut_at_end and text.rstrip().endswith((",", "[", "{")):
+            raise RecordError(
+                position,
+                "the record goes on in the next line: this is JSON, not JSON Lines",
+                "Rename the file so that it ends in `.json`.",
+            ) from error
+        raise
     if type(value) is not dict:
         raise _not_an_object(value, position)
     if end != len(text) and text[end:] != "\n" and (rest := text[end:].strip(_SPACES)):

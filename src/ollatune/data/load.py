@@ -16,11 +16,12 @@ from ollatune.base.log import get_logger
 from ollatune.config.schema import DataConfig, DataSource
 from ollatune.data.builder import StoreBuilder
 from ollatune.data.conversation import Document, Sample
+from ollatune.data.forms import TEXT_FILE, Seen
 from ollatune.data.order import SampleOrder, source_repeats
 from ollatune.data.position import Position, RecordError
 from ollatune.data.progress import OnRead
 from ollatune.data.protocols import PromptTemplate, Tokenizer
-from ollatune.data.records import TEXT_FILE, RecordReader
+from ollatune.data.records import RecordReader
 from ollatune.data.rejects import Rejections
 from ollatune.data.render import Renderer
 from ollatune.data.report import DataReport, RenderCounts, make_report
@@ -103,14 +104,14 @@ def iter_samples(
     config: DataConfig,
     method: Method,
     rejections: Rejections,
-    forms: set[str],
+    seen: Seen,
     *,
     files: Sequence[DataFile] | None = None,
     on_read: OnRead | None = None,
 ) -> Iterator[tuple[Sample, Position, Split | None]]:
     """Every good record of a source in normal form, with its place and the split its file is named after.
 
-    The names of the record forms that are met are added to `forms`. `files` are those of `source_files`, where they
+    The record forms and fields that are met are added to `seen`. `files` are those of `source_files`, where they
     are known already; `on_read` is told of the bytes read from the disk.
     """
     columns = source.columns or config.columns
@@ -125,7 +126,8 @@ def iter_samples(
                 continue
             fault_point("data.record")
             yield sample, record.position, file.split
-        forms.add(reader.form.name if reader.form else TEXT_FILE)
+        seen.forms.add(reader.form.name if reader.form else TEXT_FILE)
+        seen.add(reader.seen)
 
 
 def check_method(sample: Sample, position: Position, method: Method) -> None:
@@ -163,9 +165,9 @@ def load_examples(
     rejections = Rejections(skip_bad=config.skip_bad)
     builder = StoreBuilder()
     samples: list[Sample] = []
-    forms: dict[str, str] = {}
+    seen: dict[str, Seen] = {}
     for source_id, source in enumerate(data_sources(config, path)):
-        met: set[str] = set()
+        met = seen[source.path] = Seen()
         for sample, position, split in iter_samples(source, config, method, rejections, met):
             try:
                 rendered = renderer(sample, position)
@@ -183,7 +185,6 @@ def load_examples(
             samples.append(sample)
             if progress:
                 progress(1)
-        forms[source.path] = ", ".join(sorted(met))
     rejections.check()
     store = TokenStore([builder.arrays()])
     return make_splits(
@@ -192,7 +193,7 @@ def load_examples(
         method=method,
         max_length=max_length,
         seed=seed,
-        forms=forms,
+        seen=seen,
         rendering=builder.counts,
         rejections=rejections,
         sample_of=lambda row: samples[store.place(row)[1]],
@@ -206,7 +207,7 @@ def make_splits(
     method: Method,
     max_length: int,
     seed: int,
-    forms: Mapping[str, str],
+    seen: Mapping[str, Seen],
     rendering: RenderCounts,
     rejections: Rejections,
     sample_of: Callable[[int], Sample],
@@ -225,11 +226,12 @@ def make_splits(
     report = make_report(
         store,
         rows,
-        forms=forms,
+        seen=seen,
         rendering=rendering,
         rejections=rejections,
         max_length=max_length,
     )
+    report.warnings.extend(field_warnings(seen, config))
 
     def examples(split: Split) -> ExampleSource | None:
         if not len(rows[split]):
@@ -247,6 +249,16 @@ def make_splits(
     return DatasetSplits(
         train, examples("validation"), examples("test"), report, rejections, samples
     )
+
+
+def field_warnings(seen: Mapping[str, Seen], config: DataConfig) -> list[str]:
+    """What `Seen.warnings` says of every source, with the columns that are mapped for it."""
+    columns = {source.path: source.columns for source in config.sources}
+    return [
+        warning
+        for path, met in seen.items()
+        for warning in met.warnings(path, columns.get(path) or config.columns)
+    ]
 
 
 def nothing_to_train_on(named: npt.NDArray[np.integer]) -> InputError:
@@ -277,6 +289,11 @@ def make_order(
         difficulty = examples.lengths.astype(np.float64)
     elif config.curriculum == "score":
         difficulty = examples.scores
+        if not difficulty.any():
+            raise UsageError(
+                "`data.curriculum: score` sorts by the field `score`, which no record has (or all have 0).",
+                hint="Give the records a `score`, map one in `data.columns`, or choose `length`.",
+            )
     return SampleOrder(
         len(examples),
         seed=seed,

@@ -14,14 +14,21 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from ollatune.base.errors import UsageError
+from ollatune.base.errors import InputError, UsageError
 from ollatune.base.files import clean_staging, staged_file, write_json
 from ollatune.config.schema import DataConfig, DataSource
 from ollatune.data.conversation import ChatMessage, Conversation, Document, Sample
-from ollatune.data.load import Method, iter_samples, nothing_to_train_on, source_files
+from ollatune.data.forms import MAPPABLE_FIELDS, Seen
+from ollatune.data.load import (
+    Method,
+    field_warnings,
+    iter_samples,
+    nothing_to_train_on,
+    source_files,
+)
 from ollatune.data.position import RecordError
 from ollatune.data.progress import OnRead, Progress, TwoReadings
-from ollatune.data.records import MAPPABLE_FIELDS, RecordReader
+from ollatune.data.records import RecordReader
 from ollatune.data.rejects import Rejections
 from ollatune.data.sources import (
     REJECTED_NAME,
@@ -109,17 +116,22 @@ def prepare(
     method = _method_of(sources, config)
     rejections = Rejections(skip_bad=config.skip_bad)
     survey = _Survey()
-    forms: dict[str, str] = {}
+    seen: dict[str, Seen] = {}
     files = [source_files(source, method) for source in sources]
+    _refuse_own_input(output, [file.path for its_files in files for file in its_files])
     reading = TwoReadings([file.path for its_files in files for file in its_files], progress)
     for source, its_files in zip(sources, files, strict=True):
-        met: set[str] = set()
-        for sample, _, split in iter_samples(
+        met = seen[source.path] = Seen()
+        for sample, position, split in iter_samples(
             source, config, method, rejections, met, files=its_files, on_read=reading
         ):
+            if method == "continued-pretraining" and not isinstance(sample, Document):
+                raise InputError(
+                    f"{position}: a record with an answer among plain documents.",
+                    hint="Prepare the two kinds into two folders: they are trained in different ways.",
+                )
             survey.add(sample, split)
             rejections.num_good += 1
-        forms[source.path] = ", ".join(sorted(met))
     rejections.check()
     digests = np.array(survey.digests, np.uint64)
     rows, num_duplicates = _distinct_rows(digests, np.array(survey.splits, np.int64), config, seed)
@@ -135,13 +147,16 @@ def prepare(
     report = PreparedData(
         str(output),
         form,
-        forms,
+        {path: ", ".join(sorted(met.forms)) for path, met in seen.items()},
         {split: len(rows[split]) for split in SPLITS},
         len(digests) + len(rejections.errors),
         num_duplicates,
         len(rejections.errors),
         _percentiles(np.array(survey.lengths, np.int64)),
-        _warnings(rows, num_duplicates, rejections),
+        [
+            *_warnings(rows, num_duplicates, rejections),
+            *field_warnings(seen, config.model_copy(update={"sources": list(sources)})),
+        ],
     )
     write_json(output / REPORT_NAME, report.as_dict())
     return report
@@ -153,6 +168,16 @@ def _refuse_overwriting(output: Path, overwrite: bool) -> None:
     if existing and not overwrite:
         raise UsageError(
             f"{existing[0]} exists already.", hint="Choose another --output, or pass --overwrite."
+        )
+
+
+def _refuse_own_input(output: Path, files: Sequence[Path]) -> None:
+    """What is written must not be what is read: it would replace the user's only copy."""
+    inside = [path for path in files if path.resolve().parent == output.resolve()]
+    if inside:
+        raise UsageError(
+            f"{inside[0]} is read, and it lies in the output folder {output}.",
+            hint="Choose another --output, or name the raw files alone.",
         )
 
 
@@ -205,7 +230,7 @@ def _samples(
     for source, its_files in zip(sources, files, strict=True):
         rejections = Rejections(skip_bad=config.skip_bad)
         for sample, _, _ in iter_samples(
-            source, config, method, rejections, set(), files=its_files, on_read=on_read
+            source, config, method, rejections, Seen(), files=its_files, on_read=on_read
         ):
             yield sample
 

@@ -4,46 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ollatune.base.errors import UsageError
 from ollatune.base.text import did_you_mean, printable
 from ollatune.data.conversation import ChatMessage, Conversation, Document, Sample
 from ollatune.data.fields import answer_of, optional_text, text_of
+from ollatune.data.forms import (
+    CONTEXT_NAMES,
+    FORMS,
+    MAPPABLE_FIELDS,
+    MAX_NOTED,
+    RecordForm,
+    Seen,
+    forms_in_words,
+)
 from ollatune.data.messages import check_turns, parse_messages, parse_tools
 from ollatune.data.position import Position, Record, RecordError
 from ollatune.data.sources import TextPiece
-
-
-@dataclass(frozen=True)
-class RecordForm:
-    """A way to write a record: the fields it must have, and those it may have."""
-
-    name: str
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        return self.required + self.optional
-
-
-_COMMON = ("system", "tools", "score")
-FORMS = (
-    RecordForm("messages", ("messages",), _COMMON),
-    RecordForm("sharegpt", ("conversations",), _COMMON),
-    RecordForm("instruction", ("instruction", "response"), ("context", *_COMMON)),
-    RecordForm("alpaca", ("instruction", "output"), ("input", "history", *_COMMON)),
-    RecordForm("prompt-completion", ("prompt", "completion"), _COMMON),
-    RecordForm("text", ("text",), ("score",)),
-)
-"""In the order they are tried; the first whose required fields are all there is taken."""
-
-MAPPABLE_FIELDS = tuple(dict.fromkeys(field for form in FORMS for field in form.fields))
-"""What `data.columns` may map."""
-
-TEXT_FILE = "text file"
 
 
 class RecordReader:
@@ -56,7 +34,13 @@ class RecordReader:
         self, *, columns: Mapping[str, str] | None = None, system: str | None = None
     ) -> None:
         self._columns = dict(columns or {})
-        for name in self._columns:
+        for name, theirs in self._columns.items():
+            first = next(ours for ours, its in self._columns.items() if its == theirs)
+            if first != name:
+                raise UsageError(
+                    f"`data.columns` maps `{printable(theirs, limit=40)}` to both `{first}` and `{name}`.",
+                    hint="Every column can be one field only.",
+                )
             if name not in MAPPABLE_FIELDS:
                 raise UsageError(
                     f"`data.columns` maps `{printable(name, limit=40)}`, which is no field of a record."
@@ -66,6 +50,7 @@ class RecordReader:
         self._system = ChatMessage("system", system) if system else None
         self.form: RecordForm | None = None
         self.first: Position | None = None
+        self.seen = Seen()
         self._known: frozenset[str] = frozenset()
         self._convert: Callable[[dict[str, Any], Position], Sample] = self._text
 
@@ -87,7 +72,12 @@ class RecordReader:
         if "score" in value:
             sample.score = _score(value["score"], position)
         if len(value) > len(form.required):
-            sample.metadata = {k: v for k, v in value.items() if k not in self._known} or None
+            rest = {k: v for k, v in value.items() if k not in self._known}
+            if rest:
+                sample.metadata = rest
+                unused = self.seen.unused
+                if len(unused) < MAX_NOTED and not unused.issuperset(rest):
+                    unused.update(rest)
         return sample
 
     def fix_form(self, name: str, first: Position) -> None:
@@ -124,7 +114,7 @@ class RecordReader:
         raise RecordError(
             position,
             f"the fields ({keys}) are those of no known record form",
-            f"Expected {_forms_in_words()}; or name your columns: "
+            f"Expected {forms_in_words()}; or name your columns: "
             f"`data.columns: {{instruction: YOUR_COLUMN, response: YOUR_COLUMN}}`.{guess}",
         )
 
@@ -134,6 +124,7 @@ class RecordReader:
         for ours, theirs in self._columns.items():
             if theirs in renamed:
                 picked[ours] = renamed.pop(theirs)
+                self.seen.columns.add(theirs)
             elif ours not in ("context", "input", "system", "tools", "score", "history"):
                 keys = [str(key) for key in value]
                 raise RecordError(
@@ -181,15 +172,22 @@ class RecordReader:
         messages.append(ChatMessage("assistant", answer))
         return Conversation(tuple(messages), self._tools(value, position))
 
+    def _context(self, value: Mapping[str, Any], position: Position) -> str:
+        found = [optional_text(value.get(name), name, position) for name in CONTEXT_NAMES]
+        if all(found) and found[0] != found[1]:
+            raise RecordError(
+                position,
+                "`context` and `input` are both filled in, and only one can follow the instruction",
+                "Join them in one field, or rename the other.",
+            )
+        return found[0] or found[1]
+
     def _with_context(
-        self, value: Mapping[str, Any], context_field: str, answer_field: str, position: Position
+        self, value: Mapping[str, Any], answer_field: str, position: Position
     ) -> Conversation:
         question = text_of(value["instruction"], "instruction", position)
         answer = answer_of(value[answer_field], answer_field, position)
-        parts = (
-            question,
-            context := optional_text(value.get(context_field), context_field, position),
-        )
+        parts = (question, context := self._context(value, position))
         if context:
             question = f"{question}\n\n{context}" if question else context
         if not question or question.isspace():
@@ -198,28 +196,15 @@ class RecordReader:
             )
         conversation = self._exchange(value, question, answer, position)
         conversation.question_parts = parts
+        if history := value.get("history"):
+            return _with_history(conversation, history, position)
         return conversation
 
     def _instruction(self, value: dict[str, Any], position: Position) -> Sample:
-        return self._with_context(value, "context", "response", position)
+        return self._with_context(value, "response", position)
 
     def _alpaca(self, value: dict[str, Any], position: Position) -> Sample:
-        conversation = self._with_context(value, "input", "output", position)
-        if not (history := value.get("history")):
-            return conversation
-        earlier: list[ChatMessage] = []
-        for index, pair in enumerate(history if isinstance(history, list) else [history]):
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise RecordError(
-                    position, f"`history[{index}]` must be a [question, answer] pair", "Correct it."
-                )
-            earlier.append(ChatMessage("user", text_of(pair[0], f"history[{index}][0]", position)))
-            earlier.append(
-                ChatMessage("assistant", answer_of(pair[1], f"history[{index}][1]", position))
-            )
-        at = 1 if conversation.messages[0].role == "system" else 0
-        messages = (*conversation.messages[:at], *earlier, *conversation.messages[at:])
-        return Conversation(messages, conversation.tools)
+        return self._with_context(value, "output", position)
 
     def _prompt_completion(self, value: dict[str, Any], position: Position) -> Sample:
         prompt, completion = value["prompt"], value["completion"]
@@ -241,10 +226,33 @@ class RecordReader:
         if messages[0].role != "system":
             messages = self._start(value, position) + messages
             check_turns(messages, name, position)
+        elif value.get("system") not in (None, "", messages[0].content):
+            raise RecordError(
+                position,
+                f"there are two system messages, `system` and the first of `{name}`",
+                "Keep one of them.",
+            )
         return Conversation(tuple(messages), self._tools(value, position))
 
     def _text(self, value: dict[str, Any], position: Position) -> Sample:
         return Document(answer_of(value["text"], "text", position))
+
+
+def _with_history(conversation: Conversation, history: Any, position: Position) -> Conversation:
+    """The conversation with earlier [question, answer] pairs before its question."""
+    earlier: list[ChatMessage] = []
+    for index, pair in enumerate(history if isinstance(history, list) else [history]):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RecordError(
+                position, f"`history[{index}]` must be a [question, answer] pair", "Correct it."
+            )
+        earlier.append(ChatMessage("user", text_of(pair[0], f"history[{index}][0]", position)))
+        earlier.append(
+            ChatMessage("assistant", answer_of(pair[1], f"history[{index}][1]", position))
+        )
+    at = 1 if conversation.messages[0].role == "system" else 0
+    messages = (*conversation.messages[:at], *earlier, *conversation.messages[at:])
+    return Conversation(messages, conversation.tools)
 
 
 def _score(value: Any, position: Position) -> float:
@@ -253,9 +261,8 @@ def _score(value: Any, position: Position) -> float:
     except (TypeError, ValueError):
         score = float("nan")
     if not math.isfinite(score):
-        raise RecordError(position, "`score` must be a number", "Correct it or rename the field.")
+        found = "null" if value is None else printable(repr(value), limit=40)
+        raise RecordError(
+            position, f"`score` must be a number, found {found}", "Correct it or rename the field."
+        )
     return score
-
-
-def _forms_in_words() -> str:
-    return "; ".join(" + ".join(f"`{field}`" for field in form.required) for form in FORMS)

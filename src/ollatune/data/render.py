@@ -13,13 +13,12 @@ from ollatune.base.errors import InputError
 from ollatune.data.conversation import Conversation, Document, Sample
 from ollatune.data.position import Position, RecordError
 from ollatune.data.protocols import PromptTemplate, SegmentLike, Tokenizer
+from ollatune.data.shown import NOTHING_HIDDEN, Hidden, find_hidden
 from ollatune.data.store import Example, Mask, TokenIds
-from ollatune.data.truncate import shortened
+from ollatune.data.truncate import num_characters, shortened
 
 Targets = Literal["all", "last"]
 Truncation = Literal["middle", "left", "error"]
-
-_MAX_SHORTENINGS = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class Rendered:
     """End-of-generation tokens that are targets: one an answer, and `num_early_ends`."""
     num_early_ends: int = 0
     """End-of-generation tokens inside answers, before their end: text that looks like the template's own."""
+    hidden: Hidden = NOTHING_HIDDEN
+    """What the template left out of the record; of several examples of one record, the first says it."""
 
 
 class Renderer:
@@ -64,6 +65,15 @@ class Renderer:
         if isinstance(sample, Document):
             return [self._document(sample)]
         found = self._segments(sample, position, self.targets)
+        hidden = find_hidden(sample, found, position, is_last_only=self.targets == "last")
+        rendered = self._examples(sample, found, position)
+        if hidden is not NOTHING_HIDDEN:
+            rendered[0] = replace(rendered[0], hidden=hidden)
+        return rendered
+
+    def _examples(
+        self, sample: Conversation, found: Sequence[Sequence[SegmentLike]], position: Position
+    ) -> list[Rendered]:
         if len(found) == 1:
             return [self._conversation(sample, found[0], position, self.targets)]
         rendered = []
@@ -124,8 +134,8 @@ class Renderer:
         targets: Targets,
     ) -> tuple[TokenIds, Mask]:
         """Ids and mask with less context, short enough if there is enough context to cut."""
-        for _ in range(_MAX_SHORTENINGS):
-            characters = sum(len(message.content) for message in conversation.messages)
+        while len(ids) > self.max_length:  # every round takes characters away
+            characters = num_characters(conversation)
             excess = int((len(ids) - self.max_length) * characters / len(ids) * 1.05) + 8
             shorter = shortened(conversation, excess, self.truncation)
             if shorter is None:
@@ -134,8 +144,6 @@ class Renderer:
             (segments, *others) = self._segments(conversation, position, targets)
             assert not others, "a shorter conversation has no more answers"
             ids, mask = self._encode(conversation, segments, position, targets)
-            if len(ids) <= self.max_length:
-                break
         return ids, mask
 
     def _encode(
@@ -203,6 +211,12 @@ class Renderer:
         for (start, end), answer in zip(runs, answers, strict=True):
             if not answer.is_trained:
                 mask[start:end] = False
+        if not mask.any():
+            raise RecordError(
+                position,
+                "only the last answer is learned (data.targets: last), and its weight is 0",
+                "Give it the weight 1, remove the record, or set data.targets: all.",
+            )
 
     def _tail(self, ids: TokenIds, mask: Mask) -> tuple[TokenIds, Mask]:
         """The last `max_length` tokens, BOS kept: the end of the answer and its EOS always stay."""
@@ -227,6 +241,12 @@ class Renderer:
                     position,
                     "the rendered answer does not end with an end-of-generation token, so the model would never stop",
                     "Use the base model's own template; `ollatune data` shows what is rendered.",
+                )
+            if not found[0] and len(found) == 1:
+                raise RecordError(
+                    position,
+                    "the chat template shows nothing of an answer: the model would learn to say nothing",
+                    "Write the answer's `content`; its thinking or tool calls alone are not rendered.",
                 )
             num_ends += len(found)
             num_early += len(found) - 1

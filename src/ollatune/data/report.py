@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ollatune.data.forms import Seen
 from ollatune.data.rejects import Rejections
 from ollatune.data.sources import Split
 from ollatune.data.split import Leakage, Rows, find_leakage, num_distinct
@@ -47,6 +48,10 @@ class RenderCounts:
     """End-of-generation tokens that are targets."""
     num_early_ends: int = 0
     """Those of them that stand inside an answer."""
+    num_hidden_system: int = 0
+    num_hidden_turns: int = 0
+    num_hidden_thinking: int = 0
+    """Records of which the template shows no system message, not every other message, no thinking."""
 
     def add(self, other: RenderCounts) -> None:
         """Add another worker's counts."""
@@ -61,6 +66,8 @@ class DataReport:
 
     forms: dict[str, str]
     """Record form of each source."""
+    unused_fields: dict[str, list[str]]
+    """Fields of each source's records that are not trained on (the first 50)."""
     splits: dict[str, SplitStatistics]
     rendering: RenderCounts
     num_duplicates: int
@@ -96,7 +103,7 @@ def make_report(
     store: TokenStore,
     splits: dict[Split, Rows],
     *,
-    forms: Mapping[str, str],
+    seen: Mapping[str, Seen],
     rendering: RenderCounts,
     rejections: Rejections,
     max_length: int,
@@ -109,7 +116,13 @@ def make_report(
     num_duplicates = len(digests) - num_distinct(digests)
     leakage = find_leakage(splits, store.digests, store.prompt_digests)
     report = DataReport(
-        dict(forms), statistics, rendering, num_duplicates, len(rejections.errors), leakage
+        {path: ", ".join(sorted(met.forms)) for path, met in seen.items()},
+        {path: sorted(met.unused) for path, met in seen.items() if met.unused},
+        statistics,
+        rendering,
+        num_duplicates,
+        len(rejections.errors),
+        leakage,
     )
     report.warnings.extend(_warnings(report, len(digests), max_length))
     return report
@@ -144,6 +157,16 @@ def _warnings(report: DataReport, num_records: int, max_length: int) -> list[str
             f"{rendering.num_early_ends} end-of-generation tokens stand inside answers: their text looks like the "
             "chat template's own markup, and the model learns to stop there."
         )
+    for what, count in (
+        ("a system message", rendering.num_hidden_system),
+        ("a user or tool message", rendering.num_hidden_turns),
+        ("thinking", rendering.num_hidden_thinking),
+    ):
+        if count:
+            found.append(
+                f"{count} records have {what} that the base model's chat template does not show: it is not trained "
+                "on, and the served model would not see it either."
+            )
     for leak in report.leakage:
         if leak.num_same_record:
             found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import re
@@ -12,6 +13,7 @@ from typing import BinaryIO, Literal
 
 from ollatune.base.errors import InputError
 from ollatune.base.folders import expanded
+from ollatune.base.log import get_logger
 from ollatune.base.text import format_bytes, printable
 from ollatune.data.json_array import read_json
 from ollatune.data.jsonl import Reject, decode_line, read_jsonl
@@ -31,14 +33,20 @@ DATA_SUFFIXES = TABLE_SUFFIXES + TEXT_SUFFIXES
 REPORT_NAME = "report.json"
 REJECTED_NAME = "rejected.jsonl"
 
-_NOT_DATA = re.compile(
-    r"(?i)^(\.|readme|licen[sc]e|changelog|contributing|notice|dataset_infos?\.|report\.json|rejected\.jsonl)"
-)
+_NOT_DATA = re.compile(r"(?i)^(\.|dataset_infos?\.|report\.json|rejected\.jsonl)")
+_ABOUT_DATA = re.compile(r"(?i)^(readme|licen[sc]e|changelog|contributing|notice)")
+"""Texts that come with data; a table that is called so is data itself."""
+_MAY_BE_DATA = (
+    ".xlsx", ".xls", ".ods", ".docx", ".odt", ".rtf", ".epub", ".pdf", ".html", ".htm", ".xml", ".yaml", ".yml",
+    ".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".arrow", ".feather", ".avro", ".orc", ".pkl", ".sqlite", ".db",
+)  # fmt: skip
 _SPLIT_WORDS: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("valid", "validation", "val", "dev", "eval", "evaluation"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+
+_log = get_logger("data")
 
 _TEXT_PIECE_BYTES = 1 << 20
 _MAX_PARAGRAPH_BYTES = 32 << 20
@@ -123,14 +131,23 @@ def _files_of_folder(folder: Path) -> list[DataFile]:
         raise file_error(Path(error.filename or folder), error)
 
     files, others = [], []
-    for root, folders, names in os.walk(folder, onerror=refuse):
+    unread: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in visited:  # by a link: read once, and no loops
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(root) / name
-            if not _NOT_DATA.match(name) and data_suffix(path):
+            if _is_data(name, data_suffix(path)):
                 files.append(DataFile(path, split_of(path.relative_to(folder))))
-            else:
-                others.append(printable(name, limit=40))
+                continue
+            others.append(printable(name, limit=40))
+            if path.suffix.lower() in _MAY_BE_DATA and not name.startswith("."):
+                unread.append(others[-1])
     if not files:
         held = (
             f" It holds {', '.join(others[:5])}{', …' if len(others) > 5 else ''}."
@@ -141,7 +158,23 @@ def _files_of_folder(folder: Path) -> list[DataFile]:
             f"{folder}: no data file in this folder.{held}",
             hint=f"Expected files ending in {', '.join(DATA_SUFFIXES)}, or these with .gz or .zst.",
         )
+    if unread:
+        _tell_once(
+            f"{folder}: {len(unread)} files are of no kind that can be read and are left out: "
+            f"{', '.join(unread[:5])}{', …' if len(unread) > 5 else ''}."
+        )
     return files
+
+
+def _is_data(name: str, suffix: str) -> bool:
+    is_about = suffix in TEXT_SUFFIXES and _ABOUT_DATA.match(name)
+    return bool(suffix) and not is_about and not _NOT_DATA.match(name)
+
+
+@functools.lru_cache(maxsize=100)
+def _tell_once(message: str) -> None:
+    """Log a warning about files, which are looked for several times in a run."""
+    _log.warning("%s", message)
 
 
 def iter_records(

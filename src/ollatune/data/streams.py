@@ -47,6 +47,12 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
 _HTML = (b"<!doctype html", b"<html")
 
 
+def compression(path: Path) -> str:
+    """`.gz` or `.zst` where the name ends so, in any case; otherwise ''."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSED_SUFFIXES else ""
+
+
 def file_error(path: Path, error: OSError) -> FileError:
     """What a user is told when the operating system refuses a file."""
     cures = {
@@ -150,9 +156,10 @@ def open_data(path: Path, on_read: OnRead | None = None) -> Iterator[BinaryIO]:
     with open_regular(path, on_read) as raw:
         before = os.fstat(raw.fileno())
         stream: BinaryIO = raw
-        if path.suffix == ".gz":
+        packed = compression(path)
+        if packed == ".gz":
             stream = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), _BUFFER_BYTES)
-        elif path.suffix == ".zst":
+        elif packed == ".zst":
             stream = io.BufferedReader(_ZstdStream(raw), _BUFFER_BYTES)
         elif found := disguise(raw.peek(512)[:512] if isinstance(raw, io.BufferedReader) else b""):
             what, cure = found

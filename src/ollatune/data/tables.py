@@ -23,8 +23,8 @@ _ROWS_AT_A_TIME = 1024
 
 def read_csv(stream: BinaryIO, path: Path, reject: Reject) -> Iterator[Record]:
     """Rows of a CSV (RFC 4180) or TSV file as mappings from the header's names to text."""
-    suffix = next((s for s in reversed(path.suffixes) if s in _DELIMITERS), ".csv")
-    delimiter = _DELIMITERS[suffix]
+    suffixes = [suffix.lower() for suffix in reversed(path.suffixes)]
+    delimiter = next((_DELIMITERS[s] for s in suffixes if s in _DELIMITERS), ",")
     here = [0]
     csv.field_size_limit(MAX_RECORD_BYTES)
     with damage_reported(path, here):
@@ -152,13 +152,18 @@ def read_parquet(
 
     name = str(path)
     with open_parquet(path) as file:
-        _check_schema(file.schema_arrow, Position(name))
+        schema = file.schema_arrow
+        _check_schema(schema, Position(name))
+        wanted = _in_microseconds(schema)
+        is_too_fine = wanted != schema
         for group in row_groups or range(file.num_row_groups):
             row = 0
             batches = file.iter_batches(_ROWS_AT_A_TIME, row_groups=[group])
             while True:
                 try:
                     batch = next(batches, None)
+                    if batch is not None and is_too_fine:
+                        batch = batch.cast(wanted, safe=False)
                     values = batch.to_pylist() if batch is not None else None
                 except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
                     raise FileError(
@@ -176,6 +181,20 @@ def read_parquet(
                 on_read(
                     sum(columns.column(i).total_compressed_size for i in range(columns.num_columns))
                 )
+
+
+def _in_microseconds(schema: pa.Schema) -> pa.Schema:
+    """The schema with times in microseconds where they are in nanoseconds, for which Python has no type."""
+    import pyarrow as pa
+
+    def coarser(kind: pa.DataType) -> pa.DataType:
+        if pa.types.is_timestamp(kind) and kind.unit == "ns":
+            return pa.timestamp("us", kind.tz)
+        if pa.types.is_duration(kind) and kind.unit == "ns":
+            return pa.duration("us")
+        return pa.time64("us") if kind == pa.time64("ns") else kind
+
+    return pa.schema([field.with_type(coarser(field.type)) for field in schema])
 
 
 def _check_schema(schema: pa.Schema, position: Position) -> None:

@@ -9,6 +9,8 @@ from ollatune.data.conversation import ChatMessage, Conversation
 
 _SHORTEST_REST = 16
 """Characters of a message that are left standing: less says nothing."""
+_SURE = 0.8
+"""Share of the estimated excess that is taken away at once."""
 
 
 def shortened(
@@ -17,8 +19,25 @@ def shortened(
     """The conversation with about `excess` characters of context less, or None when no context is left to cut.
 
     `left` first drops the oldest turns, as Ollama does when a chat outgrows its context, then the beginning of the
-    longest message that is not the assistant's. `middle` cuts the middle out of that message.
+    longest message that is not the assistant's. `middle` cuts the middle out of that message, then of the next longest.
     """
+    size = num_characters(conversation)
+    current, gone = conversation, 0
+    # Characters only foretell tokens: near the goal it is better to look again than to drop a turn too many.
+    while gone < _SURE * excess and (shorter := _step(current, excess - gone, where)) is not None:
+        current, gone = shorter, size - num_characters(shorter)
+    return current if gone else None
+
+
+def num_characters(conversation: Conversation) -> int:
+    """Characters of all messages."""
+    return sum(len(message.content) for message in conversation.messages)
+
+
+def _step(
+    conversation: Conversation, excess: int, where: Literal["middle", "left", "error"]
+) -> Conversation | None:
+    """One turn dropped, or one message cut by up to `excess` characters."""
     if where == "left":
         dropped = without_oldest_turn(conversation)
         if dropped is not None:
