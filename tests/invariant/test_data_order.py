@@ -124,9 +124,9 @@ def test_processes_share_the_same_steps(count: int, token_budget: int | None) ->
 
 def test_resuming_at_99_percent_of_ten_million_is_immediate() -> None:
     order = SampleOrder(10_000_000, seed=1)
-    started = time.perf_counter()
+    started = time.thread_time()  # whatever else the machine does
     found = order.samples(2 * 10_000_000 + 9_900_000, 64)
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
     assert len(set(found.tolist())) == 64
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,20 @@ def test_ceiling_is_timed_in_the_dtype_asked_for() -> None:
         ceiling = measure_ceiling(products, dtype, torch.device("cpu"))
         assert ceiling.seconds > 0
         assert ceiling.flops == 3 * 4 * 16 * 32 * 64 + 6 * 16 * 64 * 32
+
+
+def test_the_ceiling_in_bf16_of_an_old_processor() -> None:
+    """Its library has no packed products in bf16: they are left out."""
+    program = (
+        "import torch; from ollatune.training.ceiling import Product, measure_ceiling\n"
+        "device = torch.device('cpu')\n"
+        "print(measure_ceiling({Product(16, 32, 64): 1}, torch.bfloat16, device).seconds > 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_bench_measures_steps_and_writes_nothing(

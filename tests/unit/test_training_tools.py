@@ -165,6 +165,8 @@ def test_memory_files_and_threads_do_not_grow(
     )  # fmt: skip
     assert run(command) == 0
     assert len(seen) == 300
-    slope = np.polyfit(range(200), [rss for rss, _, _ in seen[100:]], 1)[0]
+    # The median of four stretches: a huge page that the system makes in one of them is no leak.
+    stretches = np.array([rss for rss, _, _ in seen[100:]]).reshape(4, 50)
+    slope = np.median([np.polyfit(range(50), stretch, 1)[0] for stretch in stretches])
     assert slope < 4096, f"{slope:.0f} bytes a step"
     assert seen[100][1:] == seen[-1][1:]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ollatune.modeling.lora import LoRALinear, linear_names
+from ollatune.training.environment import has_onednn_bf16
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _COPIES_BYTES = 256 << 20
@@ -140,8 +141,8 @@ def _plain(inputs: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 
 
 def _can_prepack(dtype: torch.dtype) -> bool:
-    """Only products in bf16 have it, and only where torch was built with oneDNN."""
-    return torch.backends.mkldnn.is_available() and dtype == torch.bfloat16
+    """Only products in bf16 have it, and only where torch was built with oneDNN and the processor is new enough."""
+    return dtype == torch.bfloat16 and has_onednn_bf16()
 
 
 def _prepacked(inputs: Tensor, weight: Tensor) -> Callable[[], Tensor]:

@@ -69,9 +69,14 @@ def choose_dtype(setting: str, device: torch.device) -> tuple[str, str]:
     return name, f"bf16 measured {gain:.1f}x as fast"
 
 
-def _cpu_has_bf16() -> bool:
+def has_onednn_bf16() -> bool:
+    """Whether torch's CPU library computes in bf16 on this processor (be it slowly)."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    if not (supported and supported()):
+    return bool(supported and supported())
+
+
+def _cpu_has_bf16() -> bool:
+    if not has_onednn_bf16():
         return False
     flags = processor_flags().split()
     # Where the system has no list of them, the measurement decides.
