@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from ollatune.base.errors import StorageError
 from ollatune.base.files import require_writable
+from ollatune.base.signals import StopSignal
 from ollatune.checkpoint.store import newest_checkpoint
 from tests.run_helpers import run, train_command
 
@@ -41,6 +43,27 @@ def test_a_folder_that_cannot_be_written_ends_the_run_before_anything_is_loaded(
     said = capsys.readouterr().err
     assert str(folder.parent) in said
     assert "Base model" not in said
+
+
+@pytest.mark.parametrize("moment", ["touch", "unlink"])
+def test_a_signal_while_a_folder_is_tried_leaves_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    original, seen = getattr(Path, moment), []
+
+    def interrupted(path: Path, **arguments: bool) -> None:
+        if moment == "touch":
+            original(path, **arguments)
+        if not seen:
+            seen.append(path.name)
+            raise StopSignal(signal.SIGTERM)
+        original(path, **arguments)
+
+    monkeypatch.setattr(Path, moment, interrupted)
+    with pytest.raises(StopSignal):
+        require_writable(tmp_path)
+    assert seen
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -90,10 +90,20 @@ def require_writable(path: Path) -> None:
     make_folder(path)
     probe = path / f"{STAGING_PREFIX}probe.{os.getpid()}.{secrets.token_hex(4)}"
     try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        try:
+            probe.touch(exist_ok=False)
+        finally:  # also where a signal comes in between
+            _remove(probe)
     except OSError as error:
         raise storage_error(error, path) from error
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except BaseException:  # a signal: the first one only raises
+        path.unlink(missing_ok=True)
+        raise
 
 
 def fsync_folder(path: Path) -> None:
