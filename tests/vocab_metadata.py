@@ -1,6 +1,6 @@
 """Real vocabularies as GGUF metadata, for tiny models that llama.cpp can load (`tiny_gguf(…, tokenizer=…)`).
 
-Three kinds of name: those of HF_TOKENIZERS (converted here from `tokenizer.json`, as llama.cpp's converter would),
+Three kinds of name: those of PUBLISHED_VOCABS (converted here from `tokenizer.json`, as llama.cpp's converter would),
 `ggml:NAME` for the metadata of llama.cpp's own `ggml-vocab-NAME.gguf`, taken over unchanged, and `mistral:VERSION` for
 Mistral's SentencePiece models.
 """
@@ -13,7 +13,8 @@ from typing import Any
 import gguf
 
 from ollatune.gguf.reader import GGUFFile
-from tests.assets import ggml_vocab, hf_tokenizer_dir, mistral_sentencepiece
+from tests.assets import ggml_vocab, mistral_sentencepiece
+from tests.published_vocabs import tokenizer_files
 
 Metadata = dict[str, tuple[Any, gguf.GGUFValueType]]
 
@@ -24,6 +25,9 @@ PRE_TOKENIZERS = {
     "qwen2_5": "qwen2",
     "qwen3": "qwen2",
     "mistral_nemo": "tekken",
+    "mistral_small": "tekken",
+    "phi4": "dbrx",
+    "phi4_mini": "gpt-4o",
 }
 SENTENCEPIECE = ("gemma2", "gemma3", "llama2")
 _NO_SPACE_PREFIX = ("gemma2", "gemma3")
@@ -40,10 +44,7 @@ def vocab_metadata(name: str) -> Metadata:
         return _from_file(name.removeprefix("ggml:"))
     if name.startswith("mistral:"):
         return _from_sentencepiece(name.removeprefix("mistral:"))
-    folder = hf_tokenizer_dir(name)
-    model = json.loads((folder / "tokenizer.json").read_bytes())
-    config = json.loads((folder / "tokenizer_config.json").read_bytes())
-    return _convert(name, model, config)
+    return _convert(name, *tokenizer_files(name))
 
 
 def _from_file(name: str) -> Metadata:

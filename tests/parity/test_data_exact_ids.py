@@ -1,8 +1,8 @@
 """Records rendered with published vocabularies and templates: ids, mask, BOS and end by exact ids.
 
 What is expected comes from Transformers' renderings and from `tokenizers` alone. Families share vocabularies as the
-models do: Zephyr and Neural Chat have Mistral 7B 0.1's, Alpaca has the first Llama's, Llama 3.1 and 3.3 have 3.2's.
-Generic ChatML is rendered with Qwen 2.5's, which has its tokens.
+models do: Zephyr and Neural Chat have Mistral 7B 0.1's, Alpaca and TinyLlama the first Llama's, Llama 3.1 and 3.3
+have 3.2's. Generic ChatML is rendered with Qwen 2.5's, which has its tokens.
 """
 
 from __future__ import annotations
@@ -75,12 +75,19 @@ FAMILIES = {
     "phi3": Family("ggml:phi-3", 1, "<|end|>", 32007, "\n", name="Phi3"),
     "phi3.5": Family("ggml:phi-3", 1, "<|end|>", 32007, "\n<|endoftext|>", name="Phi3"),
     "zephyr": Family("mistral:v1", 1, "</s>", 2, "\n"),
+    "tinyllama": Family("ggml:llama-spm", 1, "</s>", 2, "\n"),
+    "mistral-small": Family("mistral_small", 1, "</s>", 2),
+    "phi4": Family("phi4", None, "<|im_end|>", 100265),
+    "phi4-mini": Family("phi4_mini", None, "<|end|>", 200020, "<|endoftext|>"),
     "neural-chat": Family("mistral:v1", 1, "</s>", 2, "\n"),
     "alpaca": Family("ggml:llama-spm", 1, "</s>", 2, "\n\n"),
     "smollm2": Family("embedded", None, "<|im_end|>", 2, "\n", num_joined=9),
 }
 # Vocabularies of 130,000 tokens and more take long to read; two of them are enough every day.
-SLOW = ("chatml", "qwen3", "llama3", "llama3.1", "llama3.3", "gemma2", "gemma3", "mistral-nemo")
+SLOW = (
+    "chatml", "qwen3", "llama3", "llama3.1", "llama3.3", "gemma2", "gemma3", "mistral-nemo", "mistral-small", "phi4",
+    "phi4-mini",
+)  # fmt: skip
 MARKS = {"smollm2": [pytest.mark.weights]} | {name: [pytest.mark.slow] for name in SLOW}
 EVERY_FAMILY = [pytest.param(name, marks=MARKS.get(name, [])) for name in FAMILIES]
 
@@ -239,6 +246,25 @@ def test_ids_mask_bos_and_end_are_those_of_the_reference(
             assert found[0] >= 20
             if targets == "all":
                 assert found[1] == family.num_joined
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vocabulary", "text", "ids"),
+    [
+        (
+            "phi4",
+            "<|im_start|>user<|im_sep|>Who are you?<|im_end|><|im_start|>assistant<|im_sep|>",
+            [100264, 882, 100266, 15546, 527, 499, 30, 100265, 100264, 78191, 100266],
+        ),
+        ("phi4_mini", "<|user|>hello world<|end|>", [200021, 24912, 2375, 200020]),
+    ],
+)
+def test_vocabularies_built_from_byte_pairs_give_known_ids(
+    vocabulary: str, text: str, ids: list[int]
+) -> None:
+    assert reference_tokenizer(vocabulary).encode(text) == ids
+    assert tokenizer_of(vocabulary, "model").encode(text) == ids
 
 
 def _shifted(example: Example) -> Example:

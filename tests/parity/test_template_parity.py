@@ -85,6 +85,21 @@ PHI3 = (
     "{% elif (message['role'] == 'assistant') %}{{message['content'] + '<|end|>' + '\n'}}{% endif %}{% endfor %}"
 )
 
+PHI4 = (
+    "{% for message in messages %}{% if (message['role'] == 'system') %}"
+    "{{'<|im_start|>system<|im_sep|>' + message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'user') %}"
+    "{{'<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'assistant') %}"
+    "{{'<|im_start|>assistant<|im_sep|>' + message['content'] + '<|im_end|>'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+PHI4_MINI = (
+    "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and "
+    "message['tools'] is not none %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + "
+    "message['tools'] + '<|/tool|>' + '<|end|>' }}{% else %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -139,6 +154,12 @@ FAMILIES = {
         collected("microsoft-Phi-3.5-mini-instruct.jinja"), "<s>", "<|endoftext|>", True, "phi3", 39
     ),
     "zephyr": Family(given(ZEPHYR), "<s>", "</s>", True, "zephyr", 39),
+    "tinyllama": Family(given(ZEPHYR), "<s>", "</s>", True, "zephyr", 39),
+    "mistral-small": Family(
+        collected("Mistral-Small-3.2-24B-Instruct-2506.jinja"), "<s>", "</s>", True, "mistral", 37
+    ),
+    "phi4": Family(given(PHI4), "<|endoftext|>", "<|im_end|>", False, "chatml", 39),
+    "phi4-mini": Family(given(PHI4_MINI), "<|endoftext|>", "<|endoftext|>", False, "phi3", 39),
     "neural-chat": Family(given(NEURAL_CHAT), "<s>", "</s>", True, "neural-chat", 39),
     "alpaca": Family(given(ALPACA), "<s>", "</s>", True, "alpaca", 39),
 }  # fmt: skip
