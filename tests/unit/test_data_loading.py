@@ -246,3 +246,21 @@ def test_curriculum_begins_with_the_shortest_or_the_lowest_score(tmp_path: Path)
         later = order.of_epoch(1, 0, 12)
         assert sorted(later.tolist()) == list(range(12))
         assert values[later].tolist() != sorted(values.tolist())
+
+
+def test_copies_of_one_record_do_not_become_the_validation_set(tmp_path: Path) -> None:
+    for seed in range(20):
+        rows = exchanges(1) * 40 + exchanges(60, 1)
+        path = write_jsonl(tmp_path / "a.jsonl", rows)
+        splits = load_examples(
+            make_config(), ByteTokenizer(), ChatMLTemplate(), max_length=512, path=path, seed=seed
+        )
+        assert splits.validation is not None
+        assert len(splits.validation) == 10
+
+
+def test_where_every_record_has_many_copies_the_fewest_are_taken(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", exchanges(1) * 30 + exchanges(1, 1) * 20)
+    splits = load(path)
+    assert splits.validation is not None
+    assert (len(splits.train), len(splits.validation)) == (30, 20)

@@ -283,3 +283,12 @@ def test_weights_tell_records_apart(tmp_path: Path) -> None:
     raw = write_jsonl(tmp_path / "raw.jsonl", [row(0), row(1), row(0)])
     report = prepared(raw, tmp_path / "out", validation_fraction=0.0)
     assert (report.num_records["train"], report.num_duplicates_removed) == (2, 1)
+
+
+def test_the_next_command_is_the_one_that_works(tmp_path: Path) -> None:
+    raw = write_jsonl(tmp_path / "raw.jsonl", [{"text": f"Once {i}."} for i in range(20)])
+    result = run_preprocess(PreprocessOptions(raw=raw, output=tmp_path / "the out"))
+    assert preprocess_text(result).endswith(
+        f"Next: ollatune train --data '{tmp_path / 'the out'}' "
+        "--set training.method=continued-pretraining"
+    )

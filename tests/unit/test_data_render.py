@@ -311,3 +311,15 @@ def test_whatever_is_cut_the_answer_ends_and_something_is_learned(
     assert rendered.is_truncated == (len(whole.example) > max_length)
     if not rendered.is_truncated:
         assert example.token_ids.tolist() == whole.example.token_ids.tolist()
+
+
+@pytest.mark.parametrize("where", ["middle", "left"])
+@pytest.mark.parametrize("times", [1.01, 1.5, 3, 30, 300])
+@pytest.mark.parametrize("letter", ["x", "日", " y"])
+def test_what_is_cut_leaves_a_full_window(where: Any, times: float, letter: str) -> None:
+    """However many times too long the record is, and however many tokens a character has."""
+    size = 400
+    question = letter * (int(times * size / len(letter.encode())) + 1)
+    rendered = render(chat(("user", question), ("assistant", "ok")), size, truncation=where)
+    assert rendered.is_truncated
+    assert size * 0.97 <= len(rendered.example) <= size

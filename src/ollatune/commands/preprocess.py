@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,5 +71,6 @@ def preprocess_text(result: dict[str, Any]) -> str:
             f"({split['target_share']:.0%}); longest {split['length_percentiles']['p100']}."
         )
     lines += [f"Warning: {warning}" for warning in result["warnings"]]
-    lines.append(f"Next: ollatune train --data {result['output']}")
+    method = " --set training.method=continued-pretraining" if result["form"] == "text" else ""
+    lines.append(f"Next: ollatune train --data {shlex.quote(result['output'])}{method}")
     return "\n".join(lines)

@@ -85,7 +85,10 @@ def data_sources(config: DataConfig, path: str | Path | None = None) -> list[Dat
     """The configured sources, or `path` in their place. Raises UsageError where there is neither."""
     sources = [DataSource(path=str(path))] if path is not None else list(config.sources)
     if not sources:
-        raise UsageError("No data was named.", hint="Give --data PATH or list data.sources.")
+        raise UsageError(
+            "No data was named.",
+            hint="Name a file or folder (`train --data PATH`, `preprocess PATH`), or list data.sources.",
+        )
     return sources
 
 

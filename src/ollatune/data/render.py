@@ -15,7 +15,7 @@ from ollatune.data.position import Position, RecordError
 from ollatune.data.protocols import PromptTemplate, SegmentLike, Tokenizer
 from ollatune.data.shown import NOTHING_HIDDEN, Hidden, find_hidden
 from ollatune.data.store import Example, Mask, TokenIds
-from ollatune.data.truncate import num_characters, shortened
+from ollatune.data.truncate import FitSearch, num_characters, shortened
 
 Targets = Literal["all", "last"]
 Truncation = Literal["middle", "left", "error"]
@@ -134,17 +134,19 @@ class Renderer:
         targets: Targets,
     ) -> tuple[TokenIds, Mask]:
         """Ids and mask with less context, short enough if there is enough context to cut."""
-        while len(ids) > self.max_length:  # every round takes characters away
-            characters = num_characters(conversation)
-            excess = int((len(ids) - self.max_length) * characters / len(ids) * 1.05) + 8
-            shorter = shortened(conversation, excess, self.truncation)
+        search = FitSearch(self.max_length, len(ids), num_characters(conversation))
+        shortest, is_found = (ids, mask), False
+        while (cut := search.next_cut()) is not None:
+            shorter = shortened(conversation, cut, self.truncation)
             if shorter is None:
                 break
-            conversation = shorter
-            (segments, *others) = self._segments(conversation, position, targets)
+            (segments, *others) = self._segments(shorter, position, targets)
             assert not others, "a shorter conversation has no more answers"
-            ids, mask = self._encode(conversation, segments, position, targets)
-        return ids, mask
+            trial = self._encode(shorter, segments, position, targets)
+            fits = search.tell(cut, len(trial[0]))
+            if fits or not is_found:
+                shortest, is_found = trial, fits
+        return shortest
 
     def _encode(
         self,
@@ -185,13 +187,17 @@ class Renderer:
         self, conversation: Conversation, position: Position, targets: Targets
     ) -> Sequence[Sequence[SegmentLike]]:
         tools: Any = conversation.tools or None
+        messages = conversation.messages
         try:
-            return self.template.render_training_examples(conversation.messages, tools, targets)
+            return self.template.render_training_examples(messages, tools, targets)
         except InputError as error:
+            cure = error.hint or "Correct the record, or leave it out."
+            if messages[1 if messages[0].role == "system" else 0].role == "assistant":
+                cure = "The chat begins with the assistant: put a user message first, or remove that turn."
             raise RecordError(
                 position,
                 f"the chat template cannot render this record: {error.message.rstrip('.')}",
-                error.hint or "Correct the record, or leave it out.",
+                cure,
             ) from error
 
     def _mask_untrained(

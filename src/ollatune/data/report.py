@@ -149,8 +149,8 @@ def _warnings(report: DataReport, num_records: int, max_length: int) -> list[str
         )
     if rendering.num_answers_cut:
         found.append(
-            f"{rendering.num_answers_cut} answers are longer than {max_length} tokens by themselves: only their ends "
-            "are trained."
+            f"{rendering.num_answers_cut} records are longer than {max_length} tokens even without context: only the "
+            "ends of their answers are trained."
         )
     if rendering.num_early_ends:
         found.append(

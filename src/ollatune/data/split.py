@@ -54,18 +54,26 @@ def split_rows(
 def _carve(
     rows: Rows, digests: npt.NDArray[np.uint64], wanted: int, seed: int
 ) -> tuple[Rows, Rows]:
-    """About `wanted` rows (at least one, never all), whole groups of duplicates at a time, and the others."""
+    """About `wanted` rows (at least one, never all), whole groups of duplicates at a time, and the others.
+
+    Groups that are larger than what is still wanted are passed over, or the many copies of one record could be all of
+    it; where no group is small enough, the smallest is taken.
+    """
     hashed = mix(
         digests[rows] ^ make_key(seed, 4)
     )  # equal where the digests are, in no order otherwise
-    largest = hashed.max(initial=0)
-    if not len(hashed) or hashed.min() == largest:
+    groups, counts = np.unique(hashed, return_counts=True)
+    if len(groups) < 2:
         return rows[:0], rows
-    place = min(max(1, wanted), len(hashed)) - 1
-    last_taken = np.partition(hashed, place)[place]
-    if last_taken == largest:
-        last_taken = hashed[hashed < largest].max()
-    is_taken = hashed <= last_taken
+    left = max(1, wanted)
+    taken: list[int] = []
+    for group, count in enumerate(counts.tolist()):
+        if count <= left and len(taken) < len(groups) - 1:
+            taken.append(group)
+            left -= count
+        if not left:
+            break
+    is_taken = np.isin(hashed, groups[taken or [int(counts.argmin())]])
     return rows[is_taken], rows[~is_taken]
 
 
