@@ -23,6 +23,7 @@ from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.fast.linear_group import LinearGroup, gated
 from ollatune.modeling.fast.loss import HeadSettings, _chunk_loss
 from ollatune.modeling.fast.native import build, kernels
+from ollatune.modeling.fast.native import linear as native_linear
 from ollatune.modeling.fast.packed_attention import AttentionShape, tree_attention
 from ollatune.modeling.fast.segments import Segment, SegmentTable
 from ollatune.modeling.load import load_base_model
@@ -275,31 +276,97 @@ def test_gate_and_up_in_one_layer(activation: str) -> None:
     compare(compute)
 
 
+DECODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+
+
+def packed_and_dense(type: GGMLType, outputs: int, inputs: int, bias: bool) -> list[LoRALinear]:
+    """Adapters alike on a layer that keeps its blocks and on a dense one of the decoded weights."""
+    weight = torch.randn(outputs, inputs) * torch.rand(outputs, 1)
+    added = torch.randn(outputs).to(torch.bfloat16) if bias else None
+    packed = PackedLinear(quantize(weight, type), type, inputs, outputs, added)
+    dense = torch.nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    dense.weight.data = packed.dequantized(torch.bfloat16)
+    if added is not None:
+        dense.bias.data = added
+    pair = [LoRALinear(base, 8, 16.0) for base in (packed, dense)]
+    pair[0].lora_B.data.normal_(0, 0.1)
+    for name in ("lora_A", "lora_B"):
+        getattr(pair[1], name).data = getattr(pair[0], name).data
+    return pair
+
+
+def outputs_and_gradients(group: LinearGroup, inputs: Tensor, upstream: Tensor) -> list[Tensor]:
+    values = leaf(inputs, torch.bfloat16)
+    outputs = projections(values, None, group)
+    torch.autograd.backward(outputs, list(upstream.split([o.shape[1] for o in outputs], dim=1)))
+    gradients = [p.grad for p in group.parameters]
+    for parameter in group.parameters:
+        parameter.grad = None
+    return [t for t in (*(o.detach() for o in outputs), values.grad, *gradients) if t is not None]
+
+
 @needs_kernels
-def test_adapters_on_packed_layers() -> None:
-    """The kernels add the adapters to what a layer that keeps its blocks has computed."""
+@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("rows", [1, 21, 300])
+def test_blocks_are_computed_with_as_the_weights_they_decode_to(name: str, rows: int) -> None:
+    """The same bits as of a dense layer, forth and back; no other way may have computed them."""
     torch.manual_seed(0)
-    weight = torch.randn(96, 64)
-    blocks = quantize(weight, GGMLType.Q8_0)
-    packed = LoRALinear(PackedLinear(blocks, GGMLType.Q8_0, 64, 96), 8, 16.0)
-    dense_base = torch.nn.Linear(64, 96, bias=False).requires_grad_(False)
-    dense_base.weight.data = cast(PackedLinear, packed.base).dequantized(torch.bfloat16)
-    dense = LoRALinear(dense_base, 8, 16.0)
-    packed.lora_B.data.normal_(0, 0.1)
-    dense.lora_A.data, dense.lora_B.data = packed.lora_A.data, packed.lora_B.data
-    inputs, upstream = torch.randn(21, 64), torch.randn(21, 96).to(torch.bfloat16)
-    found = []
-    for layer in (packed, dense):
-        values = leaf(inputs, torch.bfloat16)
-        group = LinearGroup((layer,))
-        assert group.plan.fits(values)
-        (output,) = projections(values, None, group)
-        output.backward(upstream)
-        assert values.grad is not None
-        assert layer.lora_A.grad is not None
-        found.append([output.detach(), values.grad, layer.lora_A.grad])
-    for ours, wanted in zip(*found, strict=True):
-        assert relative(ours, wanted.double()) <= 2**-8
+    type = GGMLType[name]
+    pair = packed_and_dense(type, 96, 512, bias=rows == 21)
+    inputs, upstream = torch.randn(rows, 512), torch.randn(rows, 96).to(torch.bfloat16)
+    groups = [LinearGroup((layer,)) for layer in pair]
+    assert all(group.plan.fits(inputs.to(torch.bfloat16)) for group in groups)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedLinear, "matmul_forward", None)
+        patch.setattr(PackedLinear, "matmul_backward", None)
+        found, wanted = (outputs_and_gradients(group, inputs, upstream) for group in groups)
+    assert len(found) == len(wanted) == 4
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", DECODED)
+def test_any_bits_decode_as_the_codecs_decode_them(name: str) -> None:
+    """Blocks of random bytes, scales among them, times the identity."""
+    type, size = GGMLType[name], 512
+    generator = np.random.default_rng(7)
+    blocks = generator.integers(0, 256, (64, type.row_bytes(size)), dtype=np.uint8)
+    by_block = blocks.reshape(-1, type.block_bytes)
+    halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(
+        name, (0, 2) if name.endswith("_1") else (0,)
+    )
+    for at in halves:  # finite, of either sign, from 2^-14 up: no others are halved to zero in bf16
+        scale = generator.integers(1 << 10, 0x7000, len(by_block)).astype("<u2")
+        scale |= (generator.integers(0, 2, len(by_block)) << 15).astype("<u2")
+        by_block[:, at : at + 2] = scale[:, None].view(np.uint8)
+    layer = PackedLinear(torch.from_numpy(blocks), type, size, 64)
+    wanted = layer.dequantized(torch.bfloat16)
+    found = native_linear.product(torch.eye(size, dtype=torch.bfloat16), layer)
+    assert found is not None
+    assert torch.equal(found.T, wanted)
+    found = native_linear.gradient_product(torch.eye(64, dtype=torch.bfloat16), layer)
+    assert found is not None
+    assert torch.equal(found, wanted)
+
+
+@needs_kernels
+@pytest.mark.parametrize("odd", ["Q6_K", "Q3_K", None])
+def test_layers_of_different_types_in_one_group(odd: str | None) -> None:
+    """As in files whose value layers are more precise; Q3_K is one that only the codecs decode, None a dense layer."""
+    torch.manual_seed(1)
+    first = packed_and_dense(GGMLType.Q4_K, 96, 256, bias=False)
+    second = packed_and_dense(GGMLType[odd or "Q8_0"], 32, 256, bias=True)
+    inputs, upstream = torch.randn(40, 256), torch.randn(40, 128).to(torch.bfloat16)
+    mixed = LinearGroup((first[0], second[1] if odd is None else second[0]))
+    dense = LinearGroup((first[1], second[1]))
+    assert mixed.plan.fits(inputs.to(torch.bfloat16))
+    found = outputs_and_gradients(mixed, inputs, upstream)
+    wanted = outputs_and_gradients(dense, inputs, upstream)
+    for ours, theirs in zip(found, wanted, strict=True):
+        if odd == "Q3_K":  # one rounding more
+            assert relative(ours, theirs.double()) <= 2**-7
+        else:
+            assert torch.equal(ours, theirs)
 
 
 @needs_kernels

@@ -1,16 +1,19 @@
 // Linear layers, with what adapters.c and rowwise.c define.
 
+#include "blocks.h"
 #include "tiles.h"
 
 // y [T, N] = Σ_parts x · w  +  drop(low · up)  +  bias  +  residual, summed in fp32 and rounded once.
 //
 // A part is x [T, K] (row-major, K even) times w: [N, K] read across if `transposed` (y = x · wᵀ), else [K, N]. Panels
 // of w, 32 outputs wide, are laid out as pairs of inputs in a buffer that the second-level cache holds, and rows of x
-// walk past them. N is a multiple of 32, and so is K where `transposed`. No sum is split between threads.
+// walk past them. N is a multiple of 32, and so is K where `transposed`. No sum is split between threads. w is of ggml
+// type `w_type` (`blocks.h`), its rows `w_stride` bytes apart: blocks are decoded as they are laid out.
 enum { MAX_PARTS = 4, PANEL_BYTES = 512 << 10 };
 typedef struct {
-    const bf16 *x, *w;
-    long x_stride, w_stride, K, transposed;
+    const bf16 *x;
+    const uint8_t *w;
+    long x_stride, w_stride, w_type, K, transposed;
 } Part;
 typedef struct {
     bf16 *y;
@@ -34,21 +37,41 @@ typedef struct {
     int threads;
 } Linear;
 
-// The panel of `column` of all parts, one after another: [K / 2][PANEL] each.
+// The panel of `column` of one part: [K / 2][PANEL].
+INLINE void pack_part(int32_t *out, const Part *part, long column, int type) {
+    const uint8_t *w = part->w;
+    long stride = part->w_stride;
+    for (long k = 0; part->transposed && k < part->K / 2; k += 16)
+        for (long v = 0; v < PANEL; v += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = decode32(type, w + (column + v + i) * stride, 2 * k);
+            transpose_registers(r);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + (k + i) * PANEL + v, r[i]);
+        }
+    if (part->transposed) return;
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // Weight i of the first row beside weight i of the second one, which are numbered from 32 on.
+    const __m512i first = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16));
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(16 << 16 | 16));
+    for (long k = 0; k < part->K / 2; k++) {
+        __m512i low = decode32(type, w + 2 * k * stride, column), high = decode32(type, w + (2 * k + 1) * stride, column);
+        _mm512_storeu_si512(out + k * PANEL, _mm512_permutex2var_epi16(low, first, high));
+        _mm512_storeu_si512(out + k * PANEL + 16, _mm512_permutex2var_epi16(low, second, high));
+    }
+}
+
+// The panel of `column` of all parts, one after another.
 static void pack_panel(int32_t *out, const Output *o, long column) {
     for (long p = 0; p < o->parts; p++) {
         const Part *part = &o->part[p];
-        for (long k = 0; part->transposed && k < part->K / 2; k += 16)
-            for (long v = 0; v < PANEL; v += 16)
-                transpose16(out + k * PANEL + v, PANEL, (const int32_t *)(part->w + (column + v) * part->w_stride) + k,
-                            part->w_stride / 2);
-        for (long k = 0; !part->transposed && k < part->K / 2; k++)
-            for (long v = 0; v < PANEL; v += 16) {
-                const bf16 *from = part->w + 2 * k * part->w_stride + column + v;
-                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from));
-                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(from + part->w_stride)));
-                _mm512_storeu_si512(out + k * PANEL + v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            }
+        switch (part->w_type) {
+#define PACK(TYPE)                                                                                                     \
+    case TYPE:                                                                                                         \
+        pack_part(out, part, column, TYPE);                                                                            \
+        break;
+            PACK(BF16) PACK(Q4_0) PACK(Q4_1) PACK(Q5_0) PACK(Q5_1) PACK(Q8_0) PACK(Q4_K) PACK(Q5_K) PACK(Q6_K)
+#undef PACK
+        }
         out += part->K / 2 * PANEL;
     }
 }

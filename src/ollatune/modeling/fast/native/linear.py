@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ollatune.base.errors import OutOfMemoryError
+from ollatune.gguf.types import GGMLType
 from ollatune.modeling.fast.native.kernels import ACTIVATIONS, kernel, row_stride, usable
 from ollatune.modeling.fast.native.lora import (
     MAX_LAYERS,
@@ -24,10 +26,15 @@ from ollatune.modeling.fast.native.lora import (
     LowRank,
 )
 from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_base, frozen_forward
+from ollatune.modeling.packed import PackedLinear
 
 _PANEL, _MAX_PARTS = 32, 4
 _PLAIN, _ACTIVATE, _DERIVE = 0, 1, 2
 _BF16_BYTES = 2
+_DECODED = frozenset(
+    GGMLType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+)
+"""Block types that `blocks.h` decodes."""
 _INT32_BYTES = 4
 
 _long, _address = ctypes.c_long, ctypes.c_void_p
@@ -36,7 +43,7 @@ _long, _address = ctypes.c_long, ctypes.c_void_p
 class _Part(ctypes.Structure):
     _fields_ = (
         ("x", _address), ("w", _address),
-        ("x_stride", _long), ("w_stride", _long), ("K", _long), ("transposed", _long),
+        *((name, _long) for name in ("x_stride", "w_stride", "w_type", "K", "transposed")),
     )  # fmt: skip
 
 
@@ -64,13 +71,40 @@ class _Linear(ctypes.Structure):
     )
 
 
-def _dense(layer: nn.Module) -> nn.Linear | None:
-    """The frozen layer below, if its weight can be read as it lies."""
+@dataclass(frozen=True)
+class _Weight:
+    """A frozen layer's weight as the kernels read it: `rows` of `columns`, `row_bytes` apart, of a ggml type."""
+
+    address: int
+    rows: int
+    columns: int
+    row_bytes: int
+    type: int
+    bias: int | None
+
+
+def _weight(layer: nn.Module) -> _Weight | None:
+    """The weight of the frozen layer below, if it can be read as it lies."""
     base = frozen_base(layer)
-    if not isinstance(base, nn.Linear) or base.weight.dtype is not torch.bfloat16:
+    if isinstance(base, nn.Linear):
+        stored: Tensor = base.weight
+        if stored.dtype is not torch.bfloat16 or stored.stride(1) != 1:
+            return None
+        row_bytes, ggml_type = stored.stride(0) * _BF16_BYTES, GGMLType.BF16
+    elif isinstance(base, PackedLinear) and base.ggml_type in _DECODED:
+        stored, ggml_type = base.blocks, base.ggml_type
+        row_bytes = stored.stride(0)
+    else:
         return None
-    sizes_fit = base.in_features % _PANEL == base.out_features % _PANEL == 0
-    return base if sizes_fit and base.weight.stride(1) == 1 else None
+    bias = base.bias
+    if bias is not None and bias.dtype is not torch.bfloat16:
+        return None
+    if stored.device.type != "cpu" or base.in_features % _PANEL or base.out_features % _PANEL:
+        return None
+    return _Weight(
+        stored.data_ptr(), base.out_features, base.in_features, row_bytes, ggml_type,
+        None if bias is None else bias.data_ptr(),
+    )  # fmt: skip
 
 
 def _fits(layer: nn.Module) -> bool:
@@ -78,7 +112,7 @@ def _fits(layer: nn.Module) -> bool:
         sizes_fit = layer.in_features % _PANEL == layer.out_features % _PANEL == 0
         adapter_fits = layer.lora_A.dtype is layer.lora_B.dtype is torch.float32
         return sizes_fit and layer.rank <= MAX_RANK and adapter_fits
-    return _dense(layer) is not None
+    return _weight(layer) is not None
 
 
 def _run(linear: _Linear, num_positions: int) -> None:
@@ -97,18 +131,16 @@ class _Call:
             [output.part[index] for index in range(_MAX_PARTS)] for output in self.outputs
         ]
 
-    def add_weight(
-        self, output: int, weight: Tensor, *, transposed: bool, first: int = 0, count: int = 0
-    ) -> None:
-        """Rows [first, first + count) of `weight` (all if 0) are multiplied with a part of this output."""
-        rows = count or weight.shape[0]
+    def add_weight(self, output: int, weight: _Weight, *, transposed: bool, first: int = 0) -> None:
+        """`weight`, from the row `first` on, is multiplied with a part of this output."""
         target = self.outputs[output]
         part = self.parts[output][target.parts]
         target.parts += 1
-        part.w = weight.data_ptr() + first * weight.stride(0) * _BF16_BYTES
-        part.w_stride, part.transposed = weight.stride(0), transposed
-        part.K = weight.shape[1] if transposed else rows
-        part.x_stride = part.K
+        part.w = weight.address + first * weight.row_bytes
+        part.w_stride, part.w_type, part.transposed = weight.row_bytes, weight.type, transposed
+        part.x_stride = part.K = weight.columns if transposed else weight.rows
+        if transposed and weight.bias is not None:
+            target.bias = weight.bias + first * _BF16_BYTES
 
     def add_low_rank(self, output: int, adapters: Adapters, pairs: int, stride: int) -> None:
         target = self.outputs[output]
@@ -144,6 +176,8 @@ class Plan:
                 key += (parameters["lora_A"].data_ptr(), parameters["lora_B"].data_ptr())  # type: ignore[union-attr]
                 layer = modules["base"]
             weight = layer._parameters.get("weight")
+            if weight is None:
+                weight = layer._buffers.get("blocks")
             if weight is not None:
                 key += (weight.data_ptr(), weight.dtype)
         if tuple(key) != self._key:
@@ -156,8 +190,8 @@ class Plan:
         self._is_fit = len(layers) <= MAX_LAYERS and all(_fits(layer) for layer in layers)
         if not self._is_fit:
             return
-        self._dense = [_dense(layer) for layer in layers]
-        self._all_dense = all(base is not None for base in self._dense)
+        self._weights = [_weight(layer) for layer in layers]
+        self._all_read = all(weight is not None for weight in self._weights)
         self._sizes = [int(getattr(frozen_base(layer), "out_features")) for layer in layers]  # noqa: B009
         self._width = int(getattr(frozen_base(layers[0]), "in_features"))  # noqa: B009 - of any kind
         adapted = any(isinstance(layer, LoRALinear) for layer in layers)
@@ -170,16 +204,14 @@ class Plan:
         halves = 2 if activation is not None and len(self._layers) == 1 else 1
         then = _PLAIN if activation is None else _ACTIVATE
         call = _Call(len(self._layers) * halves, then, activation or "silu")
-        for index, base in enumerate(self._dense):
+        for index, weight in enumerate(self._weights):
             width = self._sizes[index] // halves
             for half in range(halves):
                 output, first = index * halves + half, half * width
                 target = call.outputs[output]
                 target.N, target.y_stride = width, sum(self._sizes)
-                if base is not None:
-                    call.add_weight(output, base.weight, transposed=True, first=first)
-                    if base.bias is not None:
-                        target.bias = base.bias.data_ptr() + first * _BF16_BYTES
+                if weight is not None:
+                    call.add_weight(output, weight, transposed=True, first=first)
                 up = None if self.adapters is None else self.adapters.up[index]
                 if up is not None and self.adapters is not None:
                     call.add_low_rank(output, self.adapters, up[1], self._sizes[index])
@@ -211,7 +243,7 @@ class Plan:
         for index, output in enumerate(call.outputs):
             layer = index // halves
             output.y = at
-            if self._dense[layer] is not None:
+            if self._weights[layer] is not None:
                 call.parts[index][0].x = inputs.data_ptr()
             else:
                 if index % halves == 0:
@@ -226,7 +258,7 @@ class Plan:
                     output.low = low.values_TR.data_ptr() + up[0] * _BF16_BYTES
                     output.up = low.packs.data_ptr() + (up[2] + first) * _INT32_BYTES
             at += output.N * _BF16_BYTES
-        if self._dense[0] is not None:
+        if self._weights[0] is not None:
             self._set_residual(call.outputs[0], residual_TO)
         elif residual_TO is not None:
             outputs_TO[0].add_(residual_TO)
@@ -258,9 +290,9 @@ class Plan:
         call = _Call(1, _PLAIN if activation is None else _DERIVE, activation or "silu")
         output = call.outputs[0]
         output.N = output.y_stride = self._width
-        for base in self._dense if self._all_dense else ():
-            assert base is not None
-            call.add_weight(0, base.weight, transposed=False)
+        for weight in self._weights if self._all_read else ():
+            assert weight is not None
+            call.add_weight(0, weight, transposed=False)
         if self.adapters is not None:
             call.add_low_rank(0, self.adapters, self.adapters.down[0], self._width)
             call.linear.adapters = ctypes.pointer(self.adapters.struct)
@@ -278,7 +310,7 @@ class Plan:
             back.adapters.bind(back.d_low)
             output.low = back.d_low.values_TR.data_ptr()
             output.up = back.d_low.packs.data_ptr() + back.adapters.down[1] * _INT32_BYTES
-        if self._all_dense:
+        if self._all_read:
             for part, gradient in zip(call.parts[0], gradients_TO, strict=False):
                 part.x, part.x_stride = gradient.data_ptr(), row_stride(gradient)
             return call, None
@@ -325,18 +357,16 @@ class Plan:
 
 
 def _single(source_TK: Tensor, layer: nn.Module, *, transposed: bool) -> Tensor | None:
-    base = _dense(layer)
-    if base is None or not usable(source_TK):
+    weight = _weight(layer) if usable(source_TK) else None
+    if weight is None:
         return None
     source, call = source_TK.contiguous(), _Call(1)
-    call.add_weight(0, base.weight, transposed=transposed)
-    width = base.out_features if transposed else base.in_features
+    call.add_weight(0, weight, transposed=transposed)
+    width = weight.rows if transposed else weight.columns
     result = torch.empty(source.shape[0], width, dtype=source.dtype)
     output = call.outputs[0]
     output.y, output.N, output.y_stride = result.data_ptr(), width, width
     call.parts[0][0].x = source.data_ptr()
-    if transposed and base.bias is not None:
-        output.bias = base.bias.data_ptr()
     _run(call.linear, source.shape[0])
     return result
 
