@@ -46,7 +46,8 @@ class ModelConfig(Section):
         "auto",
         description=(
             "How the base weights are held in training: `as-served` keeps the GGUF blocks packed, `none` decodes them, "
-            "`nf4` re-quantises with bitsandbytes, `auto` decides from the memory there is. A GGUF quantisation such "
+            "`nf4` re-quantises with bitsandbytes, `auto` keeps them packed where that costs no time (the compiled "
+            "kernels) and else decides from the memory there is. A GGUF quantisation such "
             "as `q4_K_M` means `as-served`, with a notice when the base is served in another one."
         ),
     )

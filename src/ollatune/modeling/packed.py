@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from ollatune.base.errors import InputError
 from ollatune.gguf.codecs import DECODABLE, dequantize
 from ollatune.gguf.types import GGMLType
+from ollatune.modeling.fast.native import linear as native_linear
 
 # Weights decoded at once. On a CPU their float32 still lies in the last-level cache when the product reads it.
 _CPU_PIECE_WEIGHTS = 4 << 20
@@ -170,7 +171,12 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def matmul_forward(self, inputs_TI: Tensor) -> Tensor:
-        """x Wᵀ + b [T, O], without autograd, in the inputs' dtype. Decodes some rows at a time."""
+        """x Wᵀ + b [T, O], without autograd, in the inputs' dtype. Decodes some rows at a time.
+
+        The compiled kernels do it where they can, here and on the way back: they decode what they are about to read.
+        """
+        if (found := native_linear.product(inputs_TI, self)) is not None:
+            return found
         outputs_TO = inputs_TI.new_empty(inputs_TI.shape[0], self.out_features)
         step = max(1, _piece_weights(self.blocks.device) // self.in_features)
         kept = _Kept.of_this_backward()
@@ -192,6 +198,8 @@ class PackedLinear(nn.Module):
     @torch.no_grad()
     def matmul_backward(self, gradient_TO: Tensor) -> Tensor:
         """The gradient of `matmul_forward` with respect to its inputs, [T, I]. Decodes some columns at a time."""
+        if (found := native_linear.gradient_product(gradient_TO, self)) is not None:
+            return found
         kept = _Kept.of_this_backward()
         whole = None if kept is None else kept.take(self, gradient_TO.dtype)
         if whole is not None:

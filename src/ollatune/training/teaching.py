@@ -14,7 +14,7 @@ from ollatune.modeling.load import Mode, load_base_model
 from ollatune.modeling.opened import OpenBase, open_base
 from ollatune.modeling.training_step import TrainingStep
 from ollatune.training.environment import DTYPES
-from ollatune.training.placement import Placement, comfortable_mode
+from ollatune.training.placement import Placement, comfortable_mode, computes_on_blocks
 
 
 def open_teacher(
@@ -39,6 +39,8 @@ def open_teacher(
 def teacher_mode(config: Config, opened: OpenBase, placement: Placement) -> Mode:
     """How the teacher's weights are held."""
     if config.distillation.quantization == "auto":
+        if computes_on_blocks(config, opened, placement.dtype, placement.device):
+            return "packed"
         return comfortable_mode(opened, placement.dtype, placement.device, "Teacher")
     return "packed" if config.distillation.quantization == "as-served" else "dense"
 

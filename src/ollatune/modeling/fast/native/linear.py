@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,21 @@ from ollatune.modeling.fast.native.lora import (
     Backward,
     LowRank,
 )
-from ollatune.modeling.lora import LoRALinear, frozen_backward, frozen_base, frozen_forward
-from ollatune.modeling.packed import PackedLinear
+from ollatune.modeling.lora import (
+    FrozenLinear,
+    LoRALinear,
+    frozen_backward,
+    frozen_base,
+    frozen_forward,
+)
+
+if TYPE_CHECKING:
+    from ollatune.modeling.packed import PackedLinear
 
 _PANEL, _MAX_PARTS = 32, 4
 _PLAIN, _ACTIVATE, _DERIVE = 0, 1, 2
 _BF16_BYTES = 2
-_DECODED = frozenset(
+DECODED = frozenset(
     GGMLType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 )
 """Block types that `blocks.h` decodes."""
@@ -83,6 +91,11 @@ class _Weight:
     bias: int | None
 
 
+def sizes_fit(rows: int, columns: int) -> bool:
+    """Whether the kernels take a weight of these sizes."""
+    return rows % _PANEL == columns % _PANEL == 0
+
+
 def _weight(layer: nn.Module) -> _Weight | None:
     """The weight of the frozen layer below, if it can be read as it lies."""
     base = frozen_base(layer)
@@ -91,27 +104,29 @@ def _weight(layer: nn.Module) -> _Weight | None:
         if stored.dtype is not torch.bfloat16 or stored.stride(1) != 1:
             return None
         row_bytes, ggml_type = stored.stride(0) * _BF16_BYTES, GGMLType.BF16
-    elif isinstance(base, PackedLinear) and base.ggml_type in _DECODED:
-        stored, ggml_type = base.blocks, base.ggml_type
+    elif getattr(base, "ggml_type", None) in DECODED:
+        packed = cast("PackedLinear", base)
+        stored, ggml_type = packed.blocks, packed.ggml_type
         row_bytes = stored.stride(0)
     else:
         return None
-    bias = base.bias
+    sizes = cast(FrozenLinear, base)
+    bias: Tensor | None = getattr(base, "bias", None)
     if bias is not None and bias.dtype is not torch.bfloat16:
         return None
-    if stored.device.type != "cpu" or base.in_features % _PANEL or base.out_features % _PANEL:
+    if stored.device.type != "cpu" or not sizes_fit(sizes.out_features, sizes.in_features):
         return None
     return _Weight(
-        stored.data_ptr(), base.out_features, base.in_features, row_bytes, ggml_type,
+        stored.data_ptr(), sizes.out_features, sizes.in_features, row_bytes, ggml_type,
         None if bias is None else bias.data_ptr(),
     )  # fmt: skip
 
 
 def _fits(layer: nn.Module) -> bool:
     if isinstance(layer, LoRALinear):
-        sizes_fit = layer.in_features % _PANEL == layer.out_features % _PANEL == 0
         adapter_fits = layer.lora_A.dtype is layer.lora_B.dtype is torch.float32
-        return sizes_fit and layer.rank <= MAX_RANK and adapter_fits
+        fits = sizes_fit(layer.out_features, layer.in_features)
+        return fits and layer.rank <= MAX_RANK and adapter_fits
     return _weight(layer) is not None
 
 
@@ -175,7 +190,7 @@ class Plan:
                 parameters = layer._parameters
                 key += (parameters["lora_A"].data_ptr(), parameters["lora_B"].data_ptr())  # type: ignore[union-attr]
                 layer = modules["base"]
-            weight = layer._parameters.get("weight")
+            weight: Tensor | None = layer._parameters.get("weight")
             if weight is None:
                 weight = layer._buffers.get("blocks")
             if weight is not None:
