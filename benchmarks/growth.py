@@ -51,10 +51,11 @@ def step_row(path: Path, num_tokens: int, steps: int = 3) -> dict[str, Any]:
     """LoRA steps on one sequence of made-up tokens; memory before and after."""
     import torch
 
+    from ollatune.config.schema import Config
     from ollatune.gguf.reader import GGUFFile
     from ollatune.modeling.fast.forward import CausalStep, PackedRow
     from ollatune.modeling.fast.segments import Segment
-    from ollatune.modeling.load import load_base_model
+    from ollatune.modeling.load import Mode, load_base_model
     from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters
     from ollatune.training.environment import (
         DTYPES,
@@ -62,12 +63,14 @@ def step_row(path: Path, num_tokens: int, steps: int = 3) -> dict[str, Any]:
         configure_allocator,
         configure_threads,
     )
+    from ollatune.training.placement import computes_on_blocks
 
     configure_threads()
     configure_allocator()
     dtype, _ = choose_dtype("auto", torch.device("cpu"))
-    with GGUFFile.open(path) as file:
-        model = load_base_model(file, dtype=DTYPES[dtype])
+    file, device = GGUFFile.open(path), torch.device("cpu")
+    mode: Mode = "packed" if computes_on_blocks(Config(), file, dtype, device) else "dense"
+    model = load_base_model(file, mode=mode, dtype=DTYPES[dtype])
     inject_lora(model, LoRASettings(8, 16.0, 0.0), seed=0)
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)

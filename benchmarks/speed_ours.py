@@ -28,15 +28,16 @@ from benchmarks.peers.frozen import (
 )
 from benchmarks.speed_data import Example, read_frozen
 
-from ollatune.config.schema import TrainingConfig
+from ollatune.config.schema import Config, TrainingConfig
 from ollatune.gguf.reader import GGUFFile
 from ollatune.modeling.embedded import fetch_embedded
 from ollatune.modeling.fast.forward import CausalStep, PackedRow
 from ollatune.modeling.fast.segments import lay_out
-from ollatune.modeling.load import load_base_model
+from ollatune.modeling.load import Mode, load_base_model
 from ollatune.modeling.lora import LoRASettings, inject_lora, trainable_parameters
 from ollatune.training.environment import DTYPES, choose_dtype, configure_allocator
 from ollatune.training.optimizer import build_optimizer
+from ollatune.training.placement import computes_on_blocks
 
 
 def row_of(examples: list[Example], step: CausalStep) -> PackedRow:
@@ -62,8 +63,9 @@ def main() -> None:
     configure_allocator()
     device = torch.device("cpu")
     dtype = "fp32" if job.setting.endswith("fp32") else choose_dtype("auto", device)[0]
-    with GGUFFile.open(fetch_embedded("smollm2-135m")) as gguf:
-        model = load_base_model(gguf, dtype=DTYPES[dtype])
+    gguf = GGUFFile.open(fetch_embedded("smollm2-135m"))
+    mode: Mode = "packed" if computes_on_blocks(Config(), gguf, dtype, device) else "dense"
+    model = load_base_model(gguf, mode=mode, dtype=DTYPES[dtype])
     inject_lora(model, LoRASettings(RANK, float(ALPHA), 0.0), seed=1)
     model.train()
     step = CausalStep(model, use_fast_path=job.setting.startswith("default"))
@@ -83,7 +85,7 @@ def main() -> None:
         optimizer.zero_grad()
         clock.losses.append(float(loss.detach()))
         clock.lap()
-    report(job, clock, dtype=dtype)
+    report(job, clock, dtype=dtype, mode=mode)
 
 
 if __name__ == "__main__":

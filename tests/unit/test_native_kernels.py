@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ from ollatune.modeling.lora import (
     lora_layers,
     trainable_parameters,
 )
-from ollatune.modeling.packed import PackedLinear
+from ollatune.modeling.packed import PackedLinear, packed_layers
 from tests.tiny_models import tiny_gguf
 from tests.unit.test_fast_path import FAMILIES, row_of
 
@@ -510,6 +510,30 @@ def test_bf16_step_is_no_worse_than_transformers(family: str, share: bool, tmp_p
     assert relative(our_gradient, wanted) <= ROUNDING * relative(plain_gradient, wanted)
     assert abs(ours - exact) <= 2e-3 * abs(exact)
     assert abs(plain - exact) <= 1e-2 * abs(exact)
+
+
+@needs_kernels
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_on_blocks_gives_the_bits_of_a_step_on_decoded_weights(
+    recompute: bool, tmp_path: Path
+) -> None:
+    path = tiny_gguf("llama", tmp_path, tensor_type="Q8_0")
+    found = []
+    for mode in ("packed", "dense"):
+        with GGUFFile.open(path) as gguf:
+            model = load_base_model(gguf, mode=cast(Any, mode), dtype=torch.bfloat16)
+            inject_lora(model, LoRASettings(4, 8.0, 0.0), seed=3)
+            for index, layer in enumerate(lora_layers(model).values()):
+                generator = torch.Generator().manual_seed(index)
+                layer.lora_B.data.normal_(0, 0.1, generator=generator)
+            step = CausalStep(model.train(), recompute=recompute)
+            loss = step.loss_sum(row_of(True))
+            loss.backward()
+            assert len(packed_layers(model)) == (0 if mode == "dense" else 2 + 7 * 2)
+            gradients = [p.grad for _, p in trainable_parameters(model) if p.grad is not None]
+            found.append([loss.detach(), *(g.clone() for g in gradients)])
+    assert len(found[0]) > 1
+    assert all(torch.equal(ours, wanted) for ours, wanted in zip(*found, strict=True))
 
 
 def test_without_a_compiler_the_reason_is_said(

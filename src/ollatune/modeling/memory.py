@@ -39,6 +39,8 @@ _INSIDE_FACTOR = 1.5
 """Values inside a layer at once, forward or backward, over what is kept of it."""
 _GAPS_SHARE = 0.25
 """What the allocator holds in gaps beside a step's activations, as a share of these; 0.13 to 0.43 were seen."""
+_NATIVE_GAPS_SHARE, _NATIVE_GAPS_BYTES = 0.05, 96 << 20
+"""The same with the compiled kernels, which keep activations in memory of their own; scratch is among it."""
 _JOINED_SHARE = 0.35
 """Gaps left where weights were joined for the fused step, as a share of the decoder's linear layers."""
 
@@ -176,14 +178,18 @@ def estimate_memory(
     dtype: str,
     rows: Rows,
     is_fused: bool,
+    is_native: bool = False,
     teacher_bytes: int = 0,
 ) -> MemoryEstimate:
-    """Estimate for micro-batches no heavier than `rows`; `is_fused` says whether the fused forward pass is used."""
+    """Estimate for micro-batches no heavier than `rows`.
+
+    `is_fused` says whether the fused forward pass is used, `is_native` whether compiled kernels compute it.
+    """
     sizes = model_sizes(gguf, config)
     is_full = not config.advanced.lora_enabled
     weights = weights_bytes(sizes, mode=mode, dtype="fp32" if is_full else dtype)
     decoding = {
-        "packed": _PACKED_DECODE_BYTES,
+        "packed": 0 if is_native else _PACKED_DECODE_BYTES,
         "nf4": _NF4_DECODE_BYTES * sizes.largest_linear,
     }.get(mode, 0)
     own = 0 if is_full else 4 * sizes.trained  # an adapter's weights; all weights are the base's
@@ -198,11 +204,15 @@ def estimate_memory(
         rows.tokens,
         _MIXED_BYTES if is_mixed else DTYPE_BYTES[dtype],
         is_fused=is_fused,
-        is_packed=mode == "packed",
+        is_packed=mode == "packed" and not is_native,
     )
     logits = _logit_bytes(sizes, dtype, rows.targets, 3 if config.distillation.teacher else 2)
     gaps = int(_GAPS_SHARE * activations)
-    if is_fused and mode == "dense":
+    if is_native:
+        gaps = int(_NATIVE_GAPS_SHARE * activations) + _NATIVE_GAPS_BYTES
+        if config.distillation.teacher is None:  # one chunk in bf16, which becomes its gradient
+            logits = DTYPE_BYTES[dtype] * _chunk(sizes, rows.targets)
+    elif is_fused and mode == "dense":
         gaps += int(_JOINED_SHARE * sizes.linear * DTYPE_BYTES[dtype])
     parts = {
         "runtime": _RUNTIME_BYTES,
@@ -260,5 +270,9 @@ def _activation_bytes(
 
 def _logit_bytes(sizes: ModelSizes, dtype: str, targets: int, copies: int) -> int:
     """Logits of one chunk of targets in fp32 and their gradient; bf16 and fp16 besides where they are computed so."""
-    chunk = min(CHUNK_LOGITS, sizes.vocabulary * max(1, targets))
-    return chunk * (4 * copies + (0 if dtype == "fp32" else 4))
+    return _chunk(sizes, targets) * (4 * copies + (0 if dtype == "fp32" else 4))
+
+
+def _chunk(sizes: ModelSizes, targets: int) -> int:
+    """Logits computed at a time."""
+    return min(CHUNK_LOGITS, sizes.vocabulary * max(1, targets))

@@ -14,7 +14,7 @@ from ollatune.gguf.reader import GGUFFile
 from ollatune.modeling.load import TensorSource
 from ollatune.modeling.memory import MemoryEstimate, ModelSizes
 from ollatune.training.environment import DTYPES
-from ollatune.training.placement import Placement
+from ollatune.training.placement import Placement, computes_on_blocks
 
 _EFFICIENCY = 0.6
 """Share of the speed of one large matrix product that a whole fused step reaches."""
@@ -61,7 +61,8 @@ def phase_seconds(
     if teacher is not None:
         flops += tokens * 2 * teacher.linear + targets * 2 * teacher.vocabulary * teacher.width
     training = flops / speed
-    if placement.mode == "packed":
+    on_blocks = computes_on_blocks(config, gguf, placement.dtype, placement.device)
+    if placement.mode == "packed" and not on_blocks:
         training += 2 * batches * sizes.total * decoding
     validation = 0.0
     if splits.validation is not None:

@@ -28,7 +28,7 @@ from ollatune.modeling.opened import OpenBase
 from ollatune.training.advice import Estimator, advice_to_fit
 from ollatune.training.disk import disk_bytes
 from ollatune.training.durations import phase_seconds
-from ollatune.training.placement import Placement, free_memory_bytes
+from ollatune.training.placement import Placement, free_memory_bytes, kernels_compute
 from ollatune.training.teaching import teacher_mode
 
 
@@ -150,6 +150,7 @@ def _estimator(
         return estimate_memory(
             base.gguf, changed, mode=mode, dtype=placement.dtype,
             rows=heaviest_rows(changed, splits, batch_size), is_fused=is_fused(changed, base),
+            is_native=is_fused(changed, base) and kernels_compute(changed, placement.dtype, placement.device),
             teacher_bytes=teacher_bytes,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from ollatune.base.log import get_logger
 from ollatune.base.text import format_bytes
 from ollatune.config.schema import Config
 from ollatune.gguf.inspect import file_type_name
+from ollatune.gguf.reader import GGUFFile
 from ollatune.modeling.fast.native import kernels
 from ollatune.modeling.fast.native.linear import DECODED, sizes_fit
 from ollatune.modeling.load import Mode
@@ -62,7 +63,9 @@ def choose_mode(config: Config, base: OpenBase, dtype: str, device: torch.device
     if setting == "auto":
         if not config.advanced.lora_enabled:
             return "dense"
-        if not config.training.torch_compile and computes_on_blocks(config, base, dtype, device):
+        if not config.training.torch_compile and computes_on_blocks(
+            config, base.gguf, dtype, device
+        ):
             get_logger("training").info(
                 "Base weights packed: the compiled kernels read them as they lie."
             )
@@ -73,15 +76,19 @@ def choose_mode(config: Config, base: OpenBase, dtype: str, device: torch.device
     return _served_in(setting, base)
 
 
-def computes_on_blocks(config: Config, base: OpenBase, dtype: str, device: torch.device) -> bool:
+def kernels_compute(config: Config, dtype: str, device: torch.device) -> bool:
+    """Whether the compiled kernels are used where they fit."""
+    is_fit = device.type == "cpu" and dtype == "bf16" and config.training.native_kernels
+    return is_fit and kernels.available()
+
+
+def computes_on_blocks(config: Config, gguf: GGUFFile, dtype: str, device: torch.device) -> bool:
     """Whether packed weights cost nothing: the compiled kernels take every matrix of the file in blocks.
 
     They give the same bits as on decoded weights, as fast, in less memory.
     """
-    if device.type != "cpu" or dtype != "bf16" or not config.training.native_kernels:
-        return False
-    blocks = [info for info in base.gguf.tensors.values() if info.type.is_quantized]
-    return kernels.available() and all(
+    blocks = [info for info in gguf.tensors.values() if info.type.is_quantized]
+    return kernels_compute(config, dtype, device) and all(
         info.type in DECODED and len(info.shape) == 2 and sizes_fit(*info.shape) for info in blocks
     )
 

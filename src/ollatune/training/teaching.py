@@ -39,7 +39,7 @@ def open_teacher(
 def teacher_mode(config: Config, opened: OpenBase, placement: Placement) -> Mode:
     """How the teacher's weights are held."""
     if config.distillation.quantization == "auto":
-        if computes_on_blocks(config, opened, placement.dtype, placement.device):
+        if computes_on_blocks(config, opened.gguf, placement.dtype, placement.device):
             return "packed"
         return comfortable_mode(opened, placement.dtype, placement.device, "Teacher")
     return "packed" if config.distillation.quantization == "as-served" else "dense"

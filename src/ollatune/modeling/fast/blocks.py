@@ -24,6 +24,9 @@ from ollatune.modeling.fast.linear_group import (
 )
 from ollatune.modeling.fast.native import kernels as native
 
+_BEHIND_THE_NORM = "gradient of the normalised input"
+"""Scratch: its reader is the same backward pass."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -39,10 +42,11 @@ class Norm:
         return self.weight_D.float() + self.offset if self.offset else self.weight_D.float()
 
 
-def norm_forward(norm: Norm, inputs_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """The normalised input and 1 / root mean square [T, 1] in fp32."""
+def norm_forward(norm: Norm, inputs_TD: Tensor, *, is_inner: bool = True) -> tuple[Tensor, Tensor]:
+    """The normalised input and 1 / root mean square [T, 1] in fp32; the former is scratch if `is_inner`."""
     if native.usable(inputs_TD):
-        return native.norm_forward(inputs_TD, norm.gain_D, norm.epsilon)
+        scratch = native.NORMED if is_inner else None
+        return native.norm_forward(inputs_TD, norm.gain_D, norm.epsilon, scratch=scratch)
     values = inputs_TD.float()
     inverse_T1 = values.square().mean(-1, keepdim=True).add_(norm.epsilon).rsqrt_()
     return _normed(norm, inputs_TD, inverse_T1), inverse_T1
@@ -54,14 +58,19 @@ def norm_backward(
     inputs_TD: Tensor,
     inverse_T1: Tensor,
     residual_TD: Tensor | None = None,
+    *,
+    scratch: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of `norm_forward` with respect to its input (the weight is frozen), and its value again.
 
     Args:
         residual_TD: what the input got from where it went besides the norm, added.
+        scratch: where the gradient may be, if it is read before another of that name is made.
     """
     if native.usable(gradient_TD, inputs_TD):
-        return native.norm_backward(gradient_TD, inputs_TD, inverse_T1, norm.gain_D, residual_TD)
+        return native.norm_backward(
+            gradient_TD, inputs_TD, inverse_T1, norm.gain_D, residual_TD, scratch=scratch
+        )
     gained = gradient_TD.float() * norm.gain_D
     values = inputs_TD.float()
     mean_T1 = (gained * values).mean(-1, keepdim=True).mul_(inverse_T1.square())
@@ -78,7 +87,7 @@ def _normed(norm: Norm, inputs_TD: Tensor, inverse_T1: Tensor) -> Tensor:
 class _NormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, norm: Norm) -> Tensor:
-        output, inverse = norm_forward(norm, inputs)
+        output, inverse = norm_forward(norm, inputs, is_inner=False)
         ctx.save_for_backward(inputs, inverse)
         ctx.norm = norm
         return output
@@ -104,6 +113,7 @@ class _Projections(torch.autograd.Function):
         residual_TO: Tensor | None,
         norm: Norm | None,
         group: LinearGroup,
+        scratch: str | None,
         *_: nn.Parameter,
     ) -> tuple[Tensor, ...]:
         if norm is None:
@@ -112,7 +122,7 @@ class _Projections(torch.autograd.Function):
             normed_TD, inverse = norm_forward(norm, inputs_TD)
         result = group_forward(group, normed_TD, residual_TO=residual_TO)
         ctx.save_for_backward(inputs_TD, inverse, *result.kept.tensors)
-        ctx.norm, ctx.group, ctx.settings = norm, group, result.kept.settings
+        ctx.norm, ctx.group, ctx.settings, ctx.scratch = norm, group, result.kept.settings, scratch
         return tuple(result.outputs_TO)
 
     @staticmethod
@@ -121,16 +131,20 @@ class _Projections(torch.autograd.Function):
         norm: Norm | None = ctx.norm
         kept = Kept((tensors[0], tensors[1]), ctx.settings)
         gradient_TD, parameters = group_backward(
-            ctx.group, gradients_TO, kept, needs_input=ctx.needs_input_grad[0]
-        )
+            ctx.group, gradients_TO, kept,
+            needs_input=ctx.needs_input_grad[0],
+            scratch=ctx.scratch if norm is None else _BEHIND_THE_NORM,
+        )  # fmt: skip
         residual = gradients_TO[0] if ctx.needs_input_grad[1] else None
         if norm is None:
-            return gradient_TD, residual, None, None, *parameters(inputs_TD)
+            return gradient_TD, residual, None, None, None, *parameters(inputs_TD)
         if gradient_TD is None:
             normed_TD = _normed(norm, inputs_TD, inverse)
-            return None, residual, None, None, *parameters(normed_TD)
-        d_inputs_TD, normed_TD = norm_backward(norm, gradient_TD, inputs_TD, inverse)
-        return d_inputs_TD, residual, None, None, *parameters(normed_TD)
+            return None, residual, None, None, None, *parameters(normed_TD)
+        d_inputs_TD, normed_TD = norm_backward(
+            norm, gradient_TD, inputs_TD, inverse, scratch=ctx.scratch
+        )
+        return d_inputs_TD, residual, None, None, None, *parameters(normed_TD)
 
 
 def projections(
@@ -139,9 +153,15 @@ def projections(
     group: LinearGroup,
     *,
     residual_TO: Tensor | None = None,
+    scratch: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """The group's outputs for the (normalised) input, one [T, O] each; `residual_TO` is added to that of one layer."""
-    result = cast(Any, _Projections).apply(inputs_TD, residual_TO, norm, group, *group.parameters)
+    """The group's outputs for the (normalised) input, one [T, O] each; `residual_TO` is added to that of one layer.
+
+    `scratch`: where the gradient of the input may be (`workspace.scratch_empty`), if nobody keeps it.
+    """
+    result = cast(Any, _Projections).apply(
+        inputs_TD, residual_TO, norm, group, scratch, *group.parameters
+    )
     return cast("tuple[Tensor, ...]", result)
 
 
@@ -157,6 +177,7 @@ class _GatedMLP(torch.autograd.Function):
         down: LinearGroup,
         activation: str,
         add_inputs: bool,
+        scratch: str | None,
         *_: nn.Parameter,
     ) -> Tensor:
         normed_TD, inverse = norm_forward(norm, inputs_TD)
@@ -168,7 +189,7 @@ class _GatedMLP(torch.autograd.Function):
             inputs_TD, inverse, gate_TF, up_TF, *inner.kept.tensors, *outer.kept.tensors
         )
         ctx.norm, ctx.gate_up, ctx.down = norm, gate_up, down
-        ctx.activation, ctx.add_inputs = activation, add_inputs
+        ctx.activation, ctx.add_inputs, ctx.scratch = activation, add_inputs, scratch
         ctx.settings = (inner.kept.settings, outer.kept.settings)
         return outer.outputs_TO[0]
 
@@ -187,13 +208,15 @@ class _GatedMLP(torch.autograd.Function):
             (joined(gradients),) if len(ctx.gate_up.layers) == 1 else gradients,
             Kept((low_in, more_in), ctx.settings[0]),
             needs_input=True,
+            scratch=_BEHIND_THE_NORM,
         )
         assert d_normed is not None
         d_inputs, normed_TD = norm_backward(
-            ctx.norm, d_normed, inputs_TD, inverse, gradient_TD if ctx.add_inputs else None
-        )
+            ctx.norm, d_normed, inputs_TD, inverse, gradient_TD if ctx.add_inputs else None,
+            scratch=ctx.scratch,
+        )  # fmt: skip
         parameters = (*in_parameters(normed_TD), *down_parameters(product_TF))
-        return d_inputs, None, None, None, None, None, *parameters
+        return d_inputs, None, None, None, None, None, None, *parameters
 
 
 def gated_mlp(
@@ -204,10 +227,14 @@ def gated_mlp(
     activation: str,
     *,
     add_inputs: bool = False,
+    scratch: str | None = None,
 ) -> Tensor:
-    """The MLP's output for the residual stream `inputs_TD` [T, D], added to it if asked for."""
+    """The MLP's output for the residual stream `inputs_TD` [T, D], added to it if asked for.
+
+    `scratch` as in `projections`.
+    """
     parameters = (*gate_up.parameters, *down.parameters)
     result = cast(Any, _GatedMLP).apply(
-        inputs_TD, norm, gate_up, down, activation, add_inputs, *parameters
+        inputs_TD, norm, gate_up, down, activation, add_inputs, scratch, *parameters
     )
     return cast(Tensor, result)

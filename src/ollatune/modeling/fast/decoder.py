@@ -17,6 +17,7 @@ from ollatune.modeling.fast.blocks import Norm, gated_mlp, projections, rms_norm
 from ollatune.modeling.fast.linear_group import LinearGroup, fuse_weights
 from ollatune.modeling.fast.packed_attention import AttentionShape, tree_attention
 from ollatune.modeling.fast.segments import Segment, SegmentTable
+from ollatune.modeling.fast.workspace import Workspace, kept_bytes
 from ollatune.modeling.lora import LoRALinear
 
 SUPPORTED_MODELS = (
@@ -24,6 +25,10 @@ SUPPORTED_MODELS = (
     "Gemma3ForCausalLM", "Phi3ForCausalLM",
 )  # fmt: skip
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+_BEFORE_ATTENTION, _AFTER_ATTENTION, _BEFORE_MLP = (
+    f"gradient {place}" for place in ("before attention", "after attention", "before the MLP")
+)
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -44,6 +49,17 @@ class _Layer:
     down: LinearGroup
     after_mlp: Norm | None
     shape: AttentionShape
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
+
+    def kept_bytes(self, num_tokens: int) -> int:
+        """What the compiled kernels keep of a workspace at most."""
+        shape = self.shape
+        attended = kept_bytes((num_tokens, shape.num_heads * shape.head_size), torch.bfloat16)
+        attended += kept_bytes((num_tokens, shape.num_heads), torch.float32)
+        return attended + sum(group.plan.kept_bytes(num_tokens) for group in self.groups)
 
 
 def is_supported(model: nn.Module) -> bool:
@@ -78,6 +94,7 @@ class FastDecoder:
         self.is_gemma = type(model).__name__.startswith("Gemma")
         self.layers = [self._read_layer(layer) for layer in self.backbone.layers]
         self.final_norm = self._norm(self.backbone.norm)
+        self.workspace = Workspace()
         for layer in self.layers:
             fuse_weights(layer.qkv)
             fuse_weights(layer.gate_up)
@@ -142,6 +159,24 @@ class FastDecoder:
         The last layer computes its MLP at these positions only: nobody reads the others.
         """
         stream_TD = cast(Tensor, self.backbone.embed_tokens(input_ids_T[None]))[0]
+        if self.recompute or not torch.is_grad_enabled() or not self._plans_fit(stream_TD):
+            return self._final(stream_TD, position_ids_T, segments, targets_N)
+        length = stream_TD.shape[0]
+        with self.workspace.lend(sum(layer.kept_bytes(length) for layer in self.layers)):
+            return self._final(stream_TD, position_ids_T, segments, targets_N)
+
+    def _plans_fit(self, stream_TD: Tensor) -> bool:
+        """Whether compiled kernels take some of the layers: others keep what torch allocates."""
+        fits = [g.plan.fits(stream_TD) for layer in self.layers for g in layer.groups]
+        return any(fits)
+
+    def _final(
+        self,
+        stream_TD: Tensor,
+        position_ids_T: Tensor,
+        segments: list[Segment],
+        targets_N: Tensor,
+    ) -> Tensor:
         rotaries = self._rotaries(stream_TD, position_ids_T)
         table = SegmentTable(segments)
         last = len(self.layers) - 1
@@ -176,21 +211,26 @@ class FastDecoder:
         table: SegmentTable,
         chosen_N: Tensor | None,
     ) -> Tensor:
-        outputs = projections(stream_TD, layer.before_attention, layer.qkv)
+        # Scratch: each of these gradients is read before the backward pass of the next layer makes its own.
+        outputs = projections(
+            stream_TD, layer.before_attention, layer.qkv, scratch=_BEFORE_ATTENTION
+        )
         query, key, value = self._query_key_value(layer, outputs)
         attended_TO = tree_attention(query, key, value, rotary, table, layer.shape)
         if chosen_N is not None:
             attended_TO = attended_TO.index_select(0, chosen_N)
             stream_TD = stream_TD.index_select(0, chosen_N)
         if layer.after_attention is None:
-            (stream_TD,) = projections(attended_TO, None, layer.output, residual_TO=stream_TD)
+            (stream_TD,) = projections(
+                attended_TO, None, layer.output, residual_TO=stream_TD, scratch=_AFTER_ATTENTION
+            )
         else:
-            (attention_TD,) = projections(attended_TO, None, layer.output)
+            (attention_TD,) = projections(attended_TO, None, layer.output, scratch=_AFTER_ATTENTION)
             stream_TD = stream_TD + rms_norm(attention_TD, layer.after_attention)
         mlp = (stream_TD, layer.before_mlp, layer.gate_up, layer.down, self.activation)
         if layer.after_mlp is None:
-            return gated_mlp(*mlp, add_inputs=True)
-        return stream_TD + rms_norm(gated_mlp(*mlp), layer.after_mlp)
+            return gated_mlp(*mlp, add_inputs=True, scratch=_BEFORE_MLP)
+        return stream_TD + rms_norm(gated_mlp(*mlp, scratch=_BEFORE_MLP), layer.after_mlp)
 
     def _query_key_value(
         self, layer: _Layer, outputs: tuple[Tensor, ...]

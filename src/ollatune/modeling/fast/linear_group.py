@@ -192,16 +192,24 @@ Pending = Callable[[Tensor], "list[Tensor]"]
 
 
 def group_backward(
-    group: LinearGroup, gradients_TO: Sequence[Tensor], kept: Kept, *, needs_input: bool
+    group: LinearGroup,
+    gradients_TO: Sequence[Tensor],
+    kept: Kept,
+    *,
+    needs_input: bool,
+    scratch: str | None = None,
 ) -> tuple[Tensor | None, Pending]:
-    """The gradient of the input (if needed), and what is left to do once the input has been computed again."""
+    """The gradient of the input (if needed), and what is left to do once the input has been computed again.
+
+    `scratch`: where the gradient may be (`workspace.scratch_empty`), if it is read before another of that name is made.
+    """
     if kept.is_native:
         gradients = [g if g.stride(-1) == 1 else g.contiguous() for g in gradients_TO]
         back = group.plan.backward(_low_rank(kept), gradients)
         pending = _no_gradients if back is None else back.gradients
         if not needs_input:
             return None, pending
-        return group.plan.input_gradient(gradients, back), pending
+        return group.plan.input_gradient(gradients, back, scratch=scratch), pending
     return _torch_backward(group, gradients_TO, kept, needs_input)
 
 

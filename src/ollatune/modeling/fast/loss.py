@@ -113,7 +113,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _logits(head: nn.Module, hidden_nD: Tensor) -> Tensor:
-    found = native_linear.product(hidden_nD, head)
+    """Valid until the next chunk's."""
+    found = native_linear.product(hidden_nD, head, scratch="logits")
     return frozen_forward(head, hidden_nD) if found is None else found
 
 

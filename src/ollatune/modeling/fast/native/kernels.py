@@ -16,7 +16,10 @@ from torch import Tensor
 from ollatune.base.errors import OutOfMemoryError
 from ollatune.modeling.fast.native.build import load_library
 from ollatune.modeling.fast.segments import SegmentTable
+from ollatune.modeling.fast.workspace import kept_empty, maybe_scratch, scratch_empty
 
+NORMED = "normalised input"
+"""Scratch of a layer's input, forth or back."""
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _state = {"enabled": True}
 
@@ -95,12 +98,14 @@ def row_stride(tensor: Tensor) -> int:
     return tensor.stride(0) if tensor.dim() > 1 else tensor.shape[-1]
 
 
-def norm_forward(inputs_TD: Tensor, gain_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm [T, D] in bf16, and 1 / root mean square [T, 1] in fp32."""
+def norm_forward(
+    inputs_TD: Tensor, gain_D: Tensor, epsilon: float, *, scratch: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm [T, D] in bf16, and 1 / root mean square [T, 1] in fp32. `scratch`: where the former is, if not kept."""
     inputs = inputs_TD.contiguous()
     width = inputs.shape[-1]
-    output = torch.empty_like(inputs)
-    inverse = torch.empty(*inputs.shape[:-1], 1, dtype=torch.float32)
+    output = maybe_scratch(scratch, inputs.shape, inputs.dtype)
+    inverse = kept_empty((*inputs.shape[:-1], 1), torch.float32)
     _call(
         "norm_forward", inputs, gain_D, float(epsilon), output, inverse,
         inputs.numel() // width, width,
@@ -114,12 +119,18 @@ def norm_backward(
     inverse_T1: Tensor,
     gain_D: Tensor,
     residual_TD: Tensor | None = None,
+    *,
+    scratch: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the input plus `residual_TD`, and the normalised input again."""
+    """The gradient of the input plus `residual_TD`, and the normalised input again, which is scratch.
+
+    `scratch`: where the gradient is, if it is read before another of that name is made.
+    """
     inputs, gradient = inputs_TD.contiguous(), gradient_TD.contiguous()
     residual = None if residual_TD is None else residual_TD.contiguous()
     width = inputs.shape[-1]
-    output, normed = torch.empty_like(inputs), torch.empty_like(inputs)
+    output = maybe_scratch(scratch, inputs.shape, inputs.dtype)
+    normed = scratch_empty(NORMED, inputs.shape, inputs.dtype)
     _call(
         "norm_backward", gradient, inputs, inverse_T1, gain_D, residual, output, normed,
         inputs.numel() // width, width,
@@ -218,17 +229,18 @@ class AttentionCall:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """[T, H·d], and the logarithms of the sums of exponentials [H, T]."""
-        output = torch.empty(self.q.shape, dtype=self.q.dtype)
-        normalisers = torch.empty(self.struct.H, self.struct.T, dtype=torch.float32)
+        output = kept_empty(self.q.shape, self.q.dtype)
+        normalisers = kept_empty((self.struct.H, self.struct.T), torch.float32)
         self._run("attention_forward", output, _long(output.stride(0)), normalisers)
         return output, normalisers
 
     def backward(
         self, gradient: Tensor, output: Tensor, normalisers: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, neighbours in one tensor."""
+        """Gradients of q, k and v, neighbours in one tensor of scratch: read before the next layer's are made."""
         widths = [self.q.shape[1], self.k.shape[1], self.v.shape[1]]
-        joined = torch.empty(self.q.shape[0], sum(widths), dtype=self.q.dtype)
+        shape = (self.q.shape[0], sum(widths))
+        joined = scratch_empty("gradients of query, key and value", shape, self.q.dtype)
         dq, dk, dv = torch.split(joined, widths, dim=1)
         stride = _long(joined.stride(0))
         self._run(

@@ -25,6 +25,7 @@ from ollatune.modeling.fast.native.lora import (
     Backward,
     LowRank,
 )
+from ollatune.modeling.fast.workspace import kept_bytes, kept_empty, maybe_scratch, scratch_empty
 from ollatune.modeling.lora import (
     FrozenLinear,
     LoRALinear,
@@ -251,7 +252,7 @@ class Plan:
         call = self._forward.get(activation)
         if call is None:
             call = self._forward[activation] = self._forward_call(activation)
-        joined = torch.empty(inputs.shape[0], sum(self._sizes), dtype=inputs.dtype)
+        joined = kept_empty((inputs.shape[0], sum(self._sizes)), inputs.dtype)
         several = len(self._sizes) > 1
         outputs_TO = list(torch.split_with_sizes(joined, self._sizes, 1)) if several else [joined]
         at, halves = joined.data_ptr(), len(call.outputs) // len(self._sizes)
@@ -279,11 +280,19 @@ class Plan:
             outputs_TO[0].add_(residual_TO)
         product_TF = None
         if activation is not None:
-            product_TF = torch.empty(inputs.shape[0], sum(self._sizes) // 2, dtype=inputs.dtype)
+            shape = (inputs.shape[0], sum(self._sizes) // 2)
+            product_TF = scratch_empty("gated product", shape, inputs.dtype)
             call.linear.product = product_TF.data_ptr()
         # Dropout falls on the adapters' input, which the low-rank values have seen already.
         _run(call.linear, inputs.shape[0])
         return Forward(outputs_TO, product_TF, low)
+
+    def kept_bytes(self, num_positions: int) -> int:
+        """What `forward` keeps of a workspace at most; 0 where the kernels do not take the layers."""
+        if not self._is_fit:
+            return 0
+        outputs = kept_bytes((num_positions, sum(self._sizes)), torch.bfloat16)
+        return outputs + (0 if self.adapters is None else self.adapters.kept_bytes(num_positions))
 
     @staticmethod
     def _set_residual(output: _Output, residual_TO: Tensor | None) -> None:
@@ -336,11 +345,18 @@ class Plan:
         self._set_residual(output, total)
         return call, total
 
-    def input_gradient(self, gradients_TO: Sequence[Tensor], back: Backward | None) -> Tensor:
+    def input_gradient(
+        self,
+        gradients_TO: Sequence[Tensor],
+        back: Backward | None,
+        *,
+        scratch: str | None = None,
+    ) -> Tensor:
         """The gradient of the layers' common input [T, I]."""
         call, result_TI = self._bound_backward(None, gradients_TO, back)
         if result_TI is None:
-            result_TI = gradients_TO[0].new_empty(gradients_TO[0].shape[0], self._width)
+            shape = (gradients_TO[0].shape[0], self._width)
+            result_TI = maybe_scratch(scratch, shape, torch.bfloat16)
         elif back is None:
             return result_TI
         call.outputs[0].y = result_TI.data_ptr()
@@ -359,8 +375,8 @@ class Plan:
         the product again."""
         call, _summed_TF = self._bound_backward(activation, [gradient_TO], back)
         linear, (length, width) = call.linear, gate_TF.shape
-        both = torch.empty(length, 2 * width, dtype=gate_TF.dtype)
-        product_TF = torch.empty(length, width, dtype=gate_TF.dtype)
+        both = scratch_empty("gradients of gate and up", (length, 2 * width), gate_TF.dtype)
+        product_TF = scratch_empty("gated product", (length, width), gate_TF.dtype)
         stride = row_stride(gate_TF)
         assert stride == row_stride(up_TF)
         linear.gate, linear.up, linear.gate_stride = gate_TF.data_ptr(), up_TF.data_ptr(), stride
@@ -371,14 +387,16 @@ class Plan:
         return both[:, :width], both[:, width:], product_TF
 
 
-def _single(source_TK: Tensor, layer: nn.Module, *, transposed: bool) -> Tensor | None:
+def _single(
+    source_TK: Tensor, layer: nn.Module, *, transposed: bool, scratch: str | None = None
+) -> Tensor | None:
     weight = _weight(layer) if usable(source_TK) else None
     if weight is None:
         return None
     source, call = source_TK.contiguous(), _Call(1)
     call.add_weight(0, weight, transposed=transposed)
     width = weight.rows if transposed else weight.columns
-    result = torch.empty(source.shape[0], width, dtype=source.dtype)
+    result = maybe_scratch(scratch, (source.shape[0], width), source.dtype)
     output = call.outputs[0]
     output.y, output.N, output.y_stride = result.data_ptr(), width, width
     call.parts[0][0].x = source.data_ptr()
@@ -386,9 +404,9 @@ def _single(source_TK: Tensor, layer: nn.Module, *, transposed: bool) -> Tensor 
     return result
 
 
-def product(inputs_TI: Tensor, layer: nn.Module) -> Tensor | None:
-    """W x + b of one frozen layer [T, O]; None where the kernels do not take it."""
-    return _single(inputs_TI, layer, transposed=True)
+def product(inputs_TI: Tensor, layer: nn.Module, *, scratch: str | None = None) -> Tensor | None:
+    """W x + b of one frozen layer [T, O]; None where the kernels do not take it. `scratch`: see `scratch_empty`."""
+    return _single(inputs_TI, layer, transposed=True, scratch=scratch)
 
 
 def gradient_product(gradient_TO: Tensor, layer: nn.Module) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ollatune.modeling.fast.native.kernels import kernel, row_stride
+from ollatune.modeling.fast.workspace import kept_bytes, kept_empty
 from ollatune.modeling.lora import LoRALinear
 
 MAX_LAYERS, MAX_RANK = 4, 64
@@ -110,8 +111,8 @@ class Adapters:
         """Pack the adapters and compute A drop(x); the dropout's seed comes from torch's generator."""
         seed = Seed(dropout, int(torch.randint(1 << 62, ())) if dropout > 0 else 0)
         low = LowRank(
-            torch.empty(inputs_TI.shape[0], self.width, dtype=inputs_TI.dtype),
-            torch.empty(self._pack_size, dtype=torch.int32),
+            kept_empty((inputs_TI.shape[0], self.width), inputs_TI.dtype),
+            kept_empty((self._pack_size,), torch.int32),
             seed,
         )
         self.bind(low)
@@ -120,6 +121,11 @@ class Adapters:
             _pointer(low.values_TR), _long(inputs_TI.shape[0]),
         )  # fmt: skip
         return low
+
+    def kept_bytes(self, num_positions: int) -> int:
+        """What `low_rank` keeps of a workspace."""
+        values = kept_bytes((num_positions, self.width), torch.bfloat16)
+        return values + kept_bytes((self._pack_size,), torch.int32)
 
     def backward(self, low: LowRank, gradients_TO: Sequence[Tensor]) -> Backward:
         """The first part of the way back, from the gradients of the outputs (their columns are neighbours)."""

@@ -1,0 +1,108 @@
+"""Memory of a step that is used again by every step: what is kept from forward to backward, and large intermediates.
+
+The allocator would put small tensors that live long into the gaps that large ones leave, and find other places for the
+next large ones: the gaps come to a third of what is kept. Here what is kept stands one after another, and each
+intermediate has its place.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+_active = threading.local()
+
+
+def kept_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on the CPU for what is kept: of the workspace in use on this thread, if there is one."""
+    lease: _Lease | None = getattr(_active, "lease", None)
+    found = None if lease is None else lease.take(shape, dtype)
+    return torch.empty(tuple(shape), dtype=dtype) if found is None else found
+
+
+def scratch_empty(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on the CPU, valid until this thread asks for the same `name` again."""
+    size = math.prod(shape) * dtype.itemsize
+    scratch: dict[str, Tensor] = _active.__dict__.setdefault("scratch", {})
+    if name not in scratch or scratch[name].numel() < size:
+        scratch.pop(name, None)  # before there is another
+        scratch[name] = torch.empty(size, dtype=torch.uint8)
+    return scratch[name][:size].view(dtype).view(tuple(shape))
+
+
+def maybe_scratch(name: str | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`scratch_empty`, or memory of its own without a name."""
+    if name is None:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return scratch_empty(name, shape, dtype)
+
+
+def kept_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """What `kept_empty` takes of a workspace."""
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+class _Lease:
+    """One forward pass's part of the memory."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.used = 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        size, first = kept_bytes(shape, dtype), self.used
+        if first + size > self.memory.numel():
+            return None
+        self.used += size
+        flat = self.memory[first : first + math.prod(shape) * dtype.itemsize]
+        return flat.view(dtype).view(tuple(shape))
+
+
+class Workspace:
+    """Lends its memory to one forward pass at a time, until the last tensor in it is gone.
+
+    A pass that begins earlier than that gets new memory, and the old is given back with its tensors. Pages that were
+    never written to are not resident, so asking for more than is needed costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+        self._in_use: weakref.ref[np.ndarray] | None = None
+
+    @contextmanager
+    def lend(self, num_bytes: int) -> Iterator[None]:
+        """Inside the block, `kept_empty` on this thread takes from `num_bytes` of this memory."""
+        is_lent = self._in_use is not None and self._in_use() is not None
+        if self._memory is None or is_lent or len(self._memory) < num_bytes:
+            self._memory = None  # before there is another
+            self._memory = _reserve(num_bytes)
+        # Torch holds this array as long as any tensor in it lives, saved for a backward pass or not.
+        array = np.frombuffer(self._memory, np.uint8, num_bytes)
+        self._in_use = weakref.ref(array)
+        _active.lease = _Lease(torch.from_numpy(array))
+        del array
+        try:
+            yield
+        finally:
+            _active.lease = None
+
+
+def _reserve(num_bytes: int) -> mmap.mmap:
+    """At least `num_bytes`, with room for somewhat longer rows, in huge pages where there are any."""
+    size = max(mmap.PAGESIZE, num_bytes + num_bytes // 4)
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
