@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ollatune.base.errors import InputError
-from ollatune.base.log import get_logger
+from ollatune.data import sources
 from ollatune.data.json_array import read_json
 from ollatune.data.jsonl import read_jsonl
 from ollatune.data.rejects import Rejections
@@ -293,15 +293,15 @@ def test_linked_folders_are_read_once_and_never_in_circles(tmp_path: Path) -> No
 
 
 def test_tables_are_data_whatever_their_name_and_what_is_left_out_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(sources._log, "warning", lambda text, *values: told.append(text % values))
     for name in ("notices.jsonl", "license-faq.csv", "README.md", "LICENSE.txt", "b.xlsx", "c.png"):
         (tmp_path / name).write_text("x")
-    get_logger().propagate = True
-    with caplog.at_level("WARNING"):
-        for _ in range(2):
-            found = [file.path.name for file in find_files(tmp_path)]
+    for _ in range(2):
+        found = [file.path.name for file in find_files(tmp_path)]
     assert found == ["license-faq.csv", "notices.jsonl"]
-    assert [record.message for record in caplog.records] == [
+    assert told == [
         f"{tmp_path}: 1 files are of no kind that can be read and are left out: b.xlsx."
     ]
