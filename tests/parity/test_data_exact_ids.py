@@ -11,18 +11,26 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+from ollatune.data.conversation import Conversation
 from ollatune.data.position import Position, Record, RecordError
 from ollatune.data.records import RecordReader
 from ollatune.data.render import Renderer
 from ollatune.data.store import Example
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.tokenizer import GGUFTokenizer
-from ollatune.templates import ChatTemplate, Message, load_chat_template, to_go_template
+from ollatune.templates import (
+    ChatTemplate,
+    Message,
+    Segment,
+    joined,
+    load_chat_template,
+    to_go_template,
+)
 from tests.parity.test_template_parity import CONVERSATIONS, ODD, by_transformers, template_of
 from tests.reference_tokenizers import ReferenceTokenizer, reference_tokenizer, smollm2_tokenizer
 from tests.vocab_metadata import vocab_metadata
@@ -246,6 +254,41 @@ def test_ids_mask_bos_and_end_are_those_of_the_reference(
             assert found[0] >= 20
             if targets == "all":
                 assert found[1] == family.num_joined
+
+
+@pytest.mark.parametrize("name", ["mistral-nemo", "mistral-small"])
+def test_calls_and_their_results_keep_their_ids(name: str) -> None:
+    """Mistral's templates write them, and refuse conversations without."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    call = {"name": "weather", "arguments": {"city": "Köln"}}
+    tools = [
+        {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    ]
+    turns: list[dict[str, Any]] = [
+        {"role": U, "content": "Weather?"},
+        {"role": A, "tool_calls": [{"type": "function", "id": "abcdefghi", "function": call}]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "name": "weather", "content": "Sunny"},
+        {"role": A, "content": "It is sunny."},
+    ]
+    if name == "mistral-nemo":
+        turns[1]["content"] = ""
+    template = template_of(name)
+    written = Record({"messages": turns, "tools": tools}, WHERE)
+    sample = RecordReader(system=None)(written)
+    assert isinstance(sample, Conversation)
+    segments = template.render_training(sample.messages, sample.tools, targets="last")
+    expected, _ = render_jinja_template(
+        [turns], tools=tools, chat_template=template.text, bos_token="<s>", eos_token="</s>",
+        add_generation_prompt=False,
+    )  # fmt: skip
+    text = str(expected[0]).removeprefix("<s>")
+    if name == "mistral-nemo":
+        assert joined(segments) == text
+    else:  # its default system message has today's date
+        tail = "[AVAILABLE_TOOLS]"
+        assert joined(segments).partition(tail)[2] == text.partition(tail)[2] != ""
+    assert segments[-1] == Segment("It is sunny.</s>", True)
 
 
 @pytest.mark.slow

@@ -292,3 +292,16 @@ def test_the_next_command_is_the_one_that_works(tmp_path: Path) -> None:
         f"Next: ollatune train --data '{tmp_path / 'the out'}' "
         "--set training.method=continued-pretraining"
     )
+
+
+def test_the_ids_of_tool_calls_are_kept(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}, "id": "abcdefghi"}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "r", "name": "f", "tool_call_id": "abcdefghi"},
+        {"role": "assistant", "content": "a"},
+    ]
+    raw = write_jsonl(tmp_path / "raw.jsonl", [{"messages": messages}])
+    prepared(raw, tmp_path / "out", validation_fraction=0.0)
+    assert rows(tmp_path / "out" / "train.jsonl") == [{"messages": messages}]

@@ -112,7 +112,7 @@ def test_tool_calls_keep_names_and_parsed_arguments() -> None:
     )
     expected = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}, "id": "c1"}
     assert sample.messages[1] == ChatMessage("assistant", "", "", (expected,))
-    assert sample.messages[2] == ChatMessage("tool", "2", tool_name="add")
+    assert sample.messages[2] == ChatMessage("tool", "2", tool_name="add", tool_call_id="c1")
     assert sample.messages[3].thinking == "easy"
     assert sample.tools == ({"type": "function", "function": {"name": "add", "parameters": {}}},)
 

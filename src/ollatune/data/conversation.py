@@ -20,6 +20,8 @@ class ChatMessage:
     tool_name: str = ""
     is_trained: bool = True
     """False for an assistant turn with `"weight": 0`: context, not target."""
+    tool_call_id: str = ""
+    """Which call a tool's message answers."""
 
 
 @dataclass(slots=True)

@@ -118,13 +118,15 @@ def _openai_message(
     thinking = ""
     for key in _THINKING_KEYS:
         thinking = thinking or optional_text(turn.get(key), f"{name}.{key}", position)
-    tool_name = ""
+    tool_name = call_id = ""
     if role == "tool":
+        call_id = optional_text(turn.get("tool_call_id"), f"{name}.tool_call_id", position)
         tool_name = optional_text(
             turn.get("tool_name") or turn.get("name"), f"{name}.name", position
         )
-        tool_name = tool_name or call_names.get(str(turn.get("tool_call_id")), "")
-    return ChatMessage(role, content, thinking, calls, tool_name, _is_trained(turn, name, position))
+        tool_name = tool_name or call_names.get(call_id, "")
+    is_trained = _is_trained(turn, name, position)
+    return ChatMessage(role, content, thinking, calls, tool_name, is_trained, call_id)
 
 
 def _is_trained(turn: Mapping[str, Any], name: str, position: Position) -> bool:

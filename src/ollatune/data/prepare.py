@@ -293,6 +293,8 @@ def _as_message(message: ChatMessage) -> dict[str, Any]:
         fields["tool_calls"] = list(message.tool_calls)
     if message.tool_name:
         fields["name"] = message.tool_name
+    if message.tool_call_id:
+        fields["tool_call_id"] = message.tool_call_id
     if not message.is_trained:
         fields["weight"] = 0
     return fields

@@ -41,7 +41,14 @@ def evaluation_items(samples: Iterable[Sample]) -> list[EvaluationItem]:
         turns = sample.messages
         last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
         messages = tuple(
-            Message(turn.role, turn.content, turn.thinking, turn.tool_calls, turn.tool_name)
+            Message(
+                turn.role,
+                turn.content,
+                turn.thinking,
+                turn.tool_calls,
+                turn.tool_name,
+                turn.tool_call_id,
+            )
             for turn in turns[:last]
         )
         items.append(EvaluationItem(messages, turns[last].content))

@@ -59,6 +59,8 @@ def message_variables(message: Message) -> dict[str, Any]:
         ]
     if message.tool_name:
         variables["name"] = message.tool_name
+    if message.tool_call_id:
+        variables["tool_call_id"] = message.tool_call_id
     return variables
 
 

@@ -18,6 +18,8 @@ class Message:
     thinking: str = ""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     tool_name: str = ""
+    tool_call_id: str = ""
+    """Which call a tool's message answers. Some Jinja templates write it (Mistral's)."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,9 @@ class TurnReader:
             if visible.endswith(text):
                 end = len(visible) - len(text)
                 return self._turn(prompt, said[:end], said[end:], "")
-        continued = self.render([*history, answer, Message("tool", LAST_MARK)], True)
+        continued = self.render(
+            [*history, answer, Message("tool", LAST_MARK, tool_call_id="000000000")], True
+        )
         between = continued[len(full) :] if continued.startswith(full) else ""
         return self._turn(prompt, said, "", between)
 
