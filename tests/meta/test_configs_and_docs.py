@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -74,3 +75,14 @@ def test_generated_docs_are_current() -> None:
 
 def test_the_catalog_trains_what_the_code_can() -> None:
     assert set(load_catalog().trainable_architectures) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_settings_that_are_written_about_exist(path: Path) -> None:
+    sections = ("data", "training", "validation", "distributed", "distillation", "advanced")
+    pattern = rf"(?<![\w./-])({'|'.join(sections)})\.([a-z_]+)(?![\w(./-])"
+    for section, key in re.findall(pattern, path.read_text("utf-8")):
+        model: Any = Config.model_fields[section].annotation
+        assert key in model.model_fields, f"{section}.{key}"

@@ -143,7 +143,8 @@ def test_a_bad_record_stops_with_its_line_or_is_set_aside(tmp_path: Path) -> Non
     splits = load(path, skip_bad=True, validation_fraction=0)
     assert len(splits.train) == 59
     assert splits.rejections.rows()[0]["line"] == 41
-    assert "1 bad records were set aside." in splits.report.warnings
+    first = splits.rejections.errors[0].message
+    assert f"1 bad records were set aside, the first: {first}" in splits.report.warnings
 
 
 def test_more_than_five_percent_bad_records_are_refused(tmp_path: Path) -> None:
@@ -264,3 +265,17 @@ def test_where_every_record_has_many_copies_the_fewest_are_taken(tmp_path: Path)
     splits = load(path)
     assert splits.validation is not None
     assert (len(splits.train), len(splits.validation)) == (30, 20)
+
+
+def test_windows_have_no_scores_and_must_hold_something_to_learn(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"doc {i}", "score": i} for i in range(9)])
+    splits = load(path, method="continued-pretraining", max_length=8)
+    with pytest.raises(UsageError, match="continued pre-training joins them into windows"):
+        make_order(
+            splits.train,
+            make_config(curriculum="score"),
+            seed=1,
+            sources=[DataSource(path=str(path))],
+        )
+    with pytest.raises(InputError, match="No record is left to train on"):
+        load(path, method="continued-pretraining", max_length=1)

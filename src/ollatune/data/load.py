@@ -244,7 +244,8 @@ def make_splits(
         return ExampleSet(store, rows[split])
 
     train = examples("train")
-    assert train is not None
+    if not train:  # its only window may be too short to learn from
+        raise nothing_to_train_on(store.splits)
     samples = {
         split: SampleView(rows[split][store.is_record_start[rows[split]]], sample_of)
         for split in SPLITS
@@ -290,6 +291,11 @@ def make_order(
     difficulty: npt.NDArray[np.floating] | None = None
     if config.curriculum == "length":
         difficulty = examples.lengths.astype(np.float64)
+    elif config.curriculum == "score" and isinstance(examples, WindowSet):
+        raise UsageError(
+            "`data.curriculum: score` sorts records, and continued pre-training joins them into windows.",
+            hint="Sort the documents in the file and set data.shuffle: false, or choose `length`.",
+        )
     elif config.curriculum == "score":
         difficulty = examples.scores
         if not difficulty.any():

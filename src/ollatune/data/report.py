@@ -124,15 +124,20 @@ def make_report(
         len(rejections.errors),
         leakage,
     )
-    report.warnings.extend(_warnings(report, len(digests), max_length))
+    first_rejected = rejections.errors[0].message if rejections.errors else ""
+    report.warnings.extend(_warnings(report, len(digests), max_length, first_rejected))
     return report
 
 
-def _warnings(report: DataReport, num_records: int, max_length: int) -> list[str]:
+def _warnings(
+    report: DataReport, num_records: int, max_length: int, first_rejected: str
+) -> list[str]:
     found = []
     rendering = report.rendering
     if report.num_rejected:
-        found.append(f"{report.num_rejected} bad records were set aside.")
+        found.append(
+            f"{report.num_rejected} bad records were set aside, the first: {first_rejected}"
+        )
     if report.num_duplicates:
         share = report.num_duplicates / num_records
         strength = "More than half of the records are" if share > _MANY_DUPLICATES else "There are"
