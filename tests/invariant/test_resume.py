@@ -131,6 +131,21 @@ def test_a_run_that_is_over_says_what_would_make_it_longer(
     assert len(steps_of(begun)) == 10
 
 
+def test_a_stop_in_the_last_validation_changes_nothing(
+    base: Path, data: Path, begun: Path, tmp_path: Path
+) -> None:
+    """No step follows the resume: what the optimiser holds is all of the checkpoint's."""
+    output = tmp_path / "stopped"
+    with inject("train.validate:terminate@2"):
+        assert run(train_command(base, data, output)) == 143
+    assert _resume(base, data, output, "auto") == 0
+    assert_same_weights(last(output), last(begun))
+    groups = [
+        read_checkpoint(last(f)).optimizer_state_dict["param_groups"] for f in (output, begun)
+    ]
+    assert groups[0] == groups[1]
+
+
 # ----- folders -------------------------------------------------------------------------------------------------------
 
 

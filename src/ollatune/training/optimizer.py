@@ -60,7 +60,9 @@ def build_optimizer(
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """`optimizer.load_state_dict`, but for the settings of its groups: a resumed run may have changed them."""
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    # Not the rate: it is set before every step, and where none follows it is the last one's.
+    kept = ("params", "lr")
+    settings = [{k: v for k, v in g.items() if k not in kept} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
