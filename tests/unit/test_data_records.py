@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ollatune.base.errors import UsageError
 from ollatune.data.conversation import ChatMessage, Conversation, Document
 from ollatune.data.position import Position, Record, RecordError
 from ollatune.data.records import RecordReader
-from ollatune.data.sources import TextPiece
+from ollatune.data.sources import TextPiece, iter_records
 
 HERE = Position("a.jsonl", 7)
 
@@ -294,3 +297,26 @@ def test_fields_that_are_not_trained_on_are_noted() -> None:
         "Name it in `data.columns`, or put it into the question.",
         "a.jsonl: no record has the column `id9` (mapped to `system` in `data.columns`). Did you mean `id2`?",
     ]
+
+
+def test_parquet_gives_tools_and_arguments_no_fields_of_other_rows(tmp_path: Path) -> None:
+    """Its columns have one type, so every object has all fields of all rows. JSON's own nulls are kept."""
+
+    def row(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        properties = {key: {"type": "string"} for key in arguments}
+        parameters = {"type": "object", "properties": properties}
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return {
+            "tools": [{"type": "function", "function": {"name": name, "parameters": parameters}}],
+            "messages": [U, {"role": "assistant", "content": "", "tool_calls": [call]}],
+        }
+
+    written = [row("f", {"a": "1"}), row("g", {"b": "2", "c": ["3"]})]
+    pq.write_table(pa.Table.from_pylist(written), tmp_path / "a.parquet")
+    reader = RecordReader()
+    samples: list[Any] = [reader(record) for record in iter_records(tmp_path / "a.parquet")]
+    assert [sample.tools for sample in samples] == [tuple(row["tools"]) for row in written]
+    calls = [sample.messages[1].tool_calls for sample in samples]
+    assert calls == [tuple(row["messages"][1]["tool_calls"]) for row in written]
+    ((call,),) = [m.tool_calls for m in read(row("f", {"a": None})).messages[1:]]
+    assert call["function"]["arguments"] == {"a": None}

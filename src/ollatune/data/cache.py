@@ -45,7 +45,7 @@ from ollatune.data.report import RenderCounts
 from ollatune.data.sources import DataFile, iter_records
 from ollatune.data.store import TokenStore
 
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 _LOCK_POLL_SECONDS = 0.2
 
 

@@ -187,6 +187,18 @@ def _json_text(text: str, name: str, position: Position) -> Any:
         raise RecordError(position, f"`{name}` must be JSON", "Correct it.") from None
 
 
+def _as_written(value: Any, position: Position) -> Any:
+    """`value` without nulls in its objects where it comes from Parquet.
+
+    A Parquet column gives every object all the fields that any row's has; those a row does not have are null.
+    """
+    if position.row < 0:
+        return value
+    if isinstance(value, dict):
+        return {k: _as_written(v, position) for k, v in value.items() if v is not None}
+    return [_as_written(item, position) for item in value] if isinstance(value, list) else value
+
+
 def parse_tool_calls(value: Any, name: str, position: Position) -> tuple[Mapping[str, Any], ...]:
     """Tool calls in one form: {"type": "function", "function": {"name": str, "arguments": mapping}, "id"?: str}."""
     calls = []
@@ -207,6 +219,7 @@ def parse_tool_calls(value: Any, name: str, position: Position) -> tuple[Mapping
                 f"`{name}[{index}].arguments` must be an object",
                 "Write {…} or a JSON text of it.",
             )
+        arguments = _as_written(arguments, position)
         parsed: dict[str, Any] = {
             "type": "function",
             "function": {"name": function["name"], "arguments": arguments},
@@ -232,7 +245,7 @@ def parse_tools(value: Any, position: Position) -> tuple[Mapping[str, Any], ...]
                 f"`tools[{index}]` has no function name",
                 'Write {"type": "function", "function": {"name": "…", "parameters": {…}}}.',
             )
-        tools.append({"type": "function", "function": function})
+        tools.append({"type": "function", "function": _as_written(function, position)})
     return tuple(tools)
 
 
