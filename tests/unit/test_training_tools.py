@@ -92,6 +92,19 @@ def test_profile_writes_a_trace_and_a_page(base: Path, data: Path, tmp_path: Pat
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_profile_of_a_run_too_short_to_skip_its_first_steps(
+    base: Path, data: Path, tmp_path: Path, steps: int
+) -> None:
+    command = train_command(base, data, tmp_path / "out", "--profile", "--max-steps", str(steps))
+    assert run(command) == 0
+    assert (tmp_path / "out" / "profile" / "trace.json").is_file()
+    page = (tmp_path / "out" / "profile" / "summary.txt").read_text()
+    assert f"{steps} steps profiled" in page
+    assert run([*command, "--resume", "auto"]) == 0  # nothing is left to profile
+    assert (tmp_path / "out" / "profile" / "summary.txt").read_text() == page
+
+
 def test_auto_takes_the_optimizer_batch_of_the_default(
     base: Path, data: Path, tmp_path: Path
 ) -> None:

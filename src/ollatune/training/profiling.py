@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,17 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU]
         if run.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(
-            activities=activities,
-            schedule=schedule(
+        with warnings.catch_warnings():  # a run of one or two steps cannot do without its first
+            warnings.filterwarnings("ignore", message="Profiler won't be using warmup")
+            phases = schedule(
                 wait=_WAIT if skipped else 0,
                 warmup=_WARMUP if skipped else 0,
                 active=self._active,
                 repeat=1,
-            ),
+            )
+        self._profile = profile(
+            activities=activities,
+            schedule=phases,
             on_trace_ready=self._write,
             profile_memory=True,
         )
