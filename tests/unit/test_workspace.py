@@ -22,7 +22,7 @@ bf16 = torch.bfloat16
 
 
 def place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.data_ptr()
 
 
 def test_what_is_kept_stands_side_by_side_and_is_lent_again_when_it_is_gone() -> None:
@@ -32,19 +32,22 @@ def test_what_is_kept_stands_side_by_side_and_is_lent_again_when_it_is_gone() ->
     with workspace.lend(size):
         first, second = kept_empty((3, 5), bf16), kept_empty((7,), torch.float32)
     assert (first.shape, first.dtype) == ((3, 5), bf16)
-    assert place(first) == place(second)
-    assert second.data_ptr() - first.data_ptr() == 64
-    where = first.data_ptr()
+    assert place(second) - place(first) == 64
+    version = second._version
+    first.fill_(1.0)
+    assert second._version == version  # autograd would take it for a change to what it saved
+    where = place(first)
     del first
     with workspace.lend(size):
         elsewhere = kept_empty((3, 5), bf16)
-    assert place(elsewhere) != place(second)  # one tensor of the first pass is still there
+    assert place(elsewhere) != where  # one tensor of the first pass is still there
+    where = place(elsewhere)
     del elsewhere, second
     with workspace.lend(size):
         again = kept_empty((3, 5), bf16)
+    assert place(again) == where
     with workspace.lend(size):
         assert place(kept_empty((3, 5), bf16)) != place(again)
-    assert where != 0
 
 
 def test_what_autograd_saved_keeps_the_memory() -> None:

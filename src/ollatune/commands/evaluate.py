@@ -238,9 +238,10 @@ def _trained_perplexity(
     checkpoint: Any, config: Any, base: OpenBase, targets: Sequence[Target]
 ) -> float:
     from ollatune.modeling.trained import TrainedLogprobs, load_trained
+    from ollatune.training.placement import checking_mode
 
-    mode = "packed" if checkpoint.base.get("mode") == "packed" else "dense"
-    model = load_trained(base, checkpoint.model_state_dict, config, mode=mode)  # type: ignore[arg-type]
+    mode = checking_mode(config, base, num_models=1)
+    model = load_trained(base, checkpoint.model_state_dict, config, mode=mode)
     return PERPLEXITY.value(trained_rows(TrainedLogprobs(model), targets))
 
 

@@ -24,13 +24,13 @@ from ollatune.evaluation.observe import TrainedModel
 from ollatune.evaluation.served import LlamaCppServed, OllamaServed, ServedModel, with_system
 from ollatune.evaluation.verify import VerifyReport, verify
 from ollatune.modeling.base import resolve_base
-from ollatune.modeling.load import Mode
 from ollatune.modeling.opened import OpenBase, open_base
 from ollatune.modeling.trained import TrainedLogprobs, load_trained
 from ollatune.ollama.answers import ShownModel
 from ollatune.ollama.modelfile import Modelfile
 from ollatune.templates.chat import load_chat_template
 from ollatune.templates.messages import Message
+from ollatune.training.placement import checking_mode
 
 REPORT_NAME = "verify.json"
 DEFAULT_PROMPTS = 6
@@ -161,7 +161,7 @@ def check(
 ) -> VerifyReport:
     """Compare trainer and server on the first `num_prompts` questions, under the SYSTEM of `export` (its report)."""
     system = export.get("system", config.data.system or base.source.system)
-    mode: Mode = "packed" if checkpoint.base.get("mode") == "packed" else "dense"
+    mode = checking_mode(config, base, num_models=2)
     trained_model = load_trained(base, checkpoint.model_state_dict, config, mode=mode)
     base_model = load_trained(base, None, config, mode=mode)
     trained = TrainedModel(

@@ -88,8 +88,13 @@ def computes_on_blocks(config: Config, gguf: GGUFFile, dtype: str, device: torch
     They give the same bits as on decoded weights, as fast, in less memory.
     """
     blocks = [info for info in gguf.tensors.values() if info.type.is_quantized]
-    return kernels_compute(config, dtype, device) and all(
-        info.type in DECODED and len(info.shape) == 2 and sizes_fit(*info.shape) for info in blocks
+    return (
+        bool(blocks)
+        and kernels_compute(config, dtype, device)
+        and all(
+            info.type in DECODED and len(info.shape) == 2 and sizes_fit(*info.shape)
+            for info in blocks
+        )
     )
 
 
@@ -102,6 +107,18 @@ def comfortable_mode(base: OpenBase, dtype: str, device: torch.device, what: str
         what, mode, format_bytes(dense), dtype, format_bytes(free),
     )  # fmt: skip
     return mode
+
+
+def checking_mode(config: Config, base: OpenBase, *, num_models: int) -> Mode:
+    """How `num_models` at once of a base are held to compute in fp32: dense where that leaves half of the memory free.
+
+    However an adapter's base was held in training: packed weights give the same numbers, and take longer in fp32.
+    """
+    if not config.advanced.lora_enabled:
+        return "dense"
+    dense = num_models * dense_bytes(base, "fp32")
+    is_small = dense <= _DENSE_SHARE * free_memory_bytes(torch.device("cpu"))
+    return "dense" if is_small else "packed"
 
 
 def _served_in(setting: str, base: OpenBase) -> Mode:

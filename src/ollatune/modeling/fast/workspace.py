@@ -54,17 +54,19 @@ def kept_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 class _Lease:
     """One forward pass's part of the memory."""
 
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
         self.used = 0
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        size, first = kept_bytes(shape, dtype), self.used
-        if first + size > self.memory.numel():
+        count, first = math.prod(shape), self.used
+        size = kept_bytes(shape, dtype)
+        if count == 0 or first + size > self.array.nbytes:
             return None
         self.used += size
-        flat = self.memory[first : first + math.prod(shape) * dtype.itemsize]
-        return flat.view(dtype).view(tuple(shape))
+        # Not a view of a tensor of all the memory: what is written to one would count as a change to all of them.
+        tensor = torch.frombuffer(self.array, dtype=dtype, count=count, offset=first)
+        return tensor.resize_(tuple(shape))
 
 
 class Workspace:
@@ -85,10 +87,10 @@ class Workspace:
         if self._memory is None or is_lent or len(self._memory) < num_bytes:
             self._memory = None  # before there is another
             self._memory = _reserve(num_bytes)
-        # Torch holds this array as long as any tensor in it lives, saved for a backward pass or not.
+        # Each tensor in it holds this array, saved for a backward pass or not.
         array = np.frombuffer(self._memory, np.uint8, num_bytes)
         self._in_use = weakref.ref(array)
-        _active.lease = _Lease(torch.from_numpy(array))
+        _active.lease = _Lease(array)
         del array
         try:
             yield
