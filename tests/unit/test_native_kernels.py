@@ -18,6 +18,7 @@ from torch.nn import functional
 from ollatune.gguf.codecs import quantize
 from ollatune.gguf.reader import GGUFFile
 from ollatune.gguf.types import GGMLType
+from ollatune.modeling import packed
 from ollatune.modeling.fast.blocks import Norm, gated_mlp, projections, rms_norm
 from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.fast.linear_group import LinearGroup, gated
@@ -34,7 +35,7 @@ from ollatune.modeling.lora import (
     lora_layers,
     trainable_parameters,
 )
-from ollatune.modeling.packed import PackedLinear, packed_layers
+from ollatune.modeling.packed import PackedEmbedding, PackedLinear, packed_layers
 from tests.tiny_models import tiny_gguf
 from tests.unit.test_fast_path import FAMILIES, row_of
 
@@ -283,12 +284,12 @@ def packed_and_dense(type: GGMLType, outputs: int, inputs: int, bias: bool) -> l
     """Adapters alike on a layer that keeps its blocks and on a dense one of the decoded weights."""
     weight = torch.randn(outputs, inputs) * torch.rand(outputs, 1)
     added = torch.randn(outputs).to(torch.bfloat16) if bias else None
-    packed = PackedLinear(quantize(weight, type), type, inputs, outputs, added)
+    kept = PackedLinear(quantize(weight, type), type, inputs, outputs, added)
     dense = torch.nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
-    dense.weight.data = packed.dequantized(torch.bfloat16)
+    dense.weight.data = kept.dequantized(torch.bfloat16)
     if added is not None:
         dense.bias.data = added
-    pair = [LoRALinear(base, 8, 16.0) for base in (packed, dense)]
+    pair = [LoRALinear(base, 8, 16.0) for base in (kept, dense)]
     pair[0].lora_B.data.normal_(0, 0.1)
     for name in ("lora_A", "lora_B"):
         getattr(pair[1], name).data = getattr(pair[0], name).data
@@ -347,6 +348,14 @@ def test_any_bits_decode_as_the_codecs_decode_them(name: str) -> None:
     found = native_linear.gradient_product(torch.eye(64, dtype=torch.bfloat16), layer)
     assert found is not None
     assert torch.equal(found, wanted)
+    ids = torch.tensor([[63, 0], [5, 63]])
+    table = PackedEmbedding(torch.from_numpy(blocks), type, 64, size, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "dequantize", None)
+        assert torch.equal(table(ids), wanted[ids])
+        for wrong in (-1, 64):
+            with pytest.raises(IndexError):
+                table(torch.tensor([0, wrong]))
 
 
 @needs_kernels

@@ -39,6 +39,8 @@ _INSIDE_FACTOR = 1.5
 """Values inside a layer at once, forward or backward, over what is kept of it."""
 _GAPS_SHARE = 0.25
 """What the allocator holds in gaps beside a step's activations, as a share of these; 0.13 to 0.43 were seen."""
+_RECOMPUTED_GAPS_SHARE = 0.4
+"""More of them where layers are computed again, as a share of what is not kept for it; 0.2 to 0.8 were seen."""
 _NATIVE_GAPS_SHARE, _NATIVE_GAPS_BYTES = 0.05, 96 << 20
 """The same with the compiled kernels, which keep activations in memory of their own; scratch is among it."""
 _JOINED_SHARE = 0.35
@@ -198,20 +200,23 @@ def estimate_memory(
     is_mixed = is_full and dtype != "fp32"
     # Autocast keeps the weights in the products' type until the way back.
     copies = sizes.total * DTYPE_BYTES[dtype] if is_mixed else 0
-    activations = _activation_bytes(
-        sizes,
-        config,
-        rows.tokens,
-        _MIXED_BYTES if is_mixed else DTYPE_BYTES[dtype],
-        is_fused=is_fused,
-        is_packed=mode == "packed" and not is_native,
-    )
+    width = _MIXED_BYTES if is_mixed else DTYPE_BYTES[dtype]
+    everything = _activation_bytes(sizes, config, rows.tokens, width, is_fused=is_fused)
+    activations, saved = everything, 0
+    if config.training.activation_checkpointing:
+        decodes = mode == "packed" and not is_native
+        activations = _recomputed_bytes(
+            sizes, config, rows.tokens, width, is_fused=is_fused, is_packed=decodes
+        )
+        saved = everything - activations
     logits = _logit_bytes(sizes, dtype, rows.targets, 3 if config.distillation.teacher else 2)
     gaps = int(_GAPS_SHARE * activations)
     if is_native:
         gaps = int(_NATIVE_GAPS_SHARE * activations) + _NATIVE_GAPS_BYTES
         if config.distillation.teacher is None:  # one chunk in bf16, which becomes its gradient
             logits = DTYPE_BYTES[dtype] * _chunk(sizes, rows.targets)
+    elif config.training.activation_checkpointing:
+        gaps += int(_RECOMPUTED_GAPS_SHARE * max(0, saved))
     elif is_fused and mode == "dense":
         gaps += int(_JOINED_SHARE * sizes.linear * DTYPE_BYTES[dtype])
     parts = {
@@ -252,20 +257,28 @@ def _moment_bytes(sizes: ModelSizes, config: Config) -> int:
     return int(4 * _MOMENTS[config.training.optimizer] * sizes.trained)
 
 
-def _activation_bytes(
-    sizes: ModelSizes, config: Config, tokens: int, width: int, *, is_fused: bool, is_packed: bool
-) -> int:
-    """What forward keeps for backward, and the inside of the layer that is being computed.
-
-    A packed layer that is computed again keeps some of its decoded weights meanwhile.
-    """
+def _layer_numbers(sizes: ModelSizes, config: Config, *, is_fused: bool) -> tuple[float, float]:
+    """Numbers per token and layer: kept for backward, and inside the layer that is being computed."""
     factor = _PLAIN_ADAPTER_FACTOR if config.advanced.lora_enabled else _PLAIN_FACTOR
     kept = sizes.kept if is_fused else factor * sizes.inputs_outputs
-    inside = _INSIDE_FACTOR * kept
-    if config.training.activation_checkpointing:
-        decoded = min(KEPT_BYTES, sizes.linear // sizes.layers * width) if is_packed else 0
-        return decoded + int(tokens * width * (sizes.layers * sizes.width + inside + kept))
+    return kept, _INSIDE_FACTOR * kept
+
+
+def _activation_bytes(
+    sizes: ModelSizes, config: Config, tokens: int, width: int, *, is_fused: bool
+) -> int:
+    """What forward keeps for backward, and the inside of the layer that is being computed."""
+    kept, inside = _layer_numbers(sizes, config, is_fused=is_fused)
     return int(tokens * width * (sizes.layers * kept + inside))
+
+
+def _recomputed_bytes(
+    sizes: ModelSizes, config: Config, tokens: int, width: int, *, is_fused: bool, is_packed: bool
+) -> int:
+    """The same where only layers' inputs are kept. A layer in blocks keeps some of its decoded weights meanwhile."""
+    kept, inside = _layer_numbers(sizes, config, is_fused=is_fused)
+    decoded = min(KEPT_BYTES, sizes.linear // sizes.layers * width) if is_packed else 0
+    return decoded + int(tokens * width * (sizes.layers * sizes.width + inside + kept))
 
 
 def _logit_bytes(sizes: ModelSizes, dtype: str, targets: int, copies: int) -> int:

@@ -258,8 +258,13 @@ class PackedEmbedding(nn.Module):
         self.register_buffer("blocks", blocks, persistent=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        rows = self.blocks.index_select(0, token_ids.reshape(-1))
-        embedded = dequantize(rows, self.ggml_type, dtype=self.dtype)
+        ids = token_ids.reshape(-1)
+        embedded = native_linear.decoded_rows(
+            self.blocks, self.ggml_type, self.embedding_dim, ids, self.dtype
+        )
+        if embedded is None:
+            rows = self.blocks.index_select(0, ids)
+            embedded = dequantize(rows, self.ggml_type, dtype=self.dtype)
         return embedded.view(*token_ids.shape, self.embedding_dim)
 
     def tied_head(self) -> PackedLinear:

@@ -104,7 +104,10 @@ def rms_norm(inputs: Tensor, norm: Norm) -> Tensor:
 
 
 class _Projections(torch.autograd.Function):
-    """Optional norm, then a group of linear layers."""
+    """Optional norm, then a group of linear layers. With a norm the input is the last output.
+
+    What it gets back from where it goes on is then added while the norm's gradient is in registers.
+    """
 
     @staticmethod
     def forward(
@@ -123,12 +126,15 @@ class _Projections(torch.autograd.Function):
         result = group_forward(group, normed_TD, residual_TO=residual_TO)
         ctx.save_for_backward(inputs_TD, inverse, *result.kept.tensors)
         ctx.norm, ctx.group, ctx.settings, ctx.scratch = norm, group, result.kept.settings, scratch
-        return tuple(result.outputs_TO)
+        return tuple(result.outputs_TO) if norm is None else (*result.outputs_TO, inputs_TD)
 
     @staticmethod
     def backward(ctx: Any, *gradients_TO: Tensor) -> Any:
         inputs_TD, inverse, *tensors = ctx.saved_tensors
         norm: Norm | None = ctx.norm
+        passed_TD: Tensor | None = None
+        if norm is not None:
+            *gradients_TO, passed_TD = gradients_TO  # type: ignore[assignment]
         kept = Kept((tensors[0], tensors[1]), ctx.settings)
         gradient_TD, parameters = group_backward(
             ctx.group, gradients_TO, kept,
@@ -142,7 +148,7 @@ class _Projections(torch.autograd.Function):
             normed_TD = _normed(norm, inputs_TD, inverse)
             return None, residual, None, None, None, *parameters(normed_TD)
         d_inputs_TD, normed_TD = norm_backward(
-            norm, gradient_TD, inputs_TD, inverse, scratch=ctx.scratch
+            norm, gradient_TD, inputs_TD, inverse, passed_TD, scratch=ctx.scratch
         )
         return d_inputs_TD, residual, None, None, None, *parameters(normed_TD)
 
@@ -157,6 +163,7 @@ def projections(
 ) -> tuple[Tensor, ...]:
     """The group's outputs for the (normalised) input, one [T, O] each; `residual_TO` is added to that of one layer.
 
+    With a norm, the input [T, D] comes after them, to be used from here on: its gradient is then one sum.
     `scratch`: where the gradient of the input may be (`workspace.scratch_empty`), if nobody keeps it.
     """
     result = cast(Any, _Projections).apply(

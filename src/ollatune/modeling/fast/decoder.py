@@ -212,7 +212,7 @@ class FastDecoder:
         chosen_N: Tensor | None,
     ) -> Tensor:
         # Scratch: each of these gradients is read before the backward pass of the next layer makes its own.
-        outputs = projections(
+        *outputs, stream_TD = projections(
             stream_TD, layer.before_attention, layer.qkv, scratch=_BEFORE_ATTENTION
         )
         query, key, value = self._query_key_value(layer, outputs)
@@ -233,7 +233,7 @@ class FastDecoder:
         return stream_TD + rms_norm(gated_mlp(*mlp, scratch=_BEFORE_MLP), layer.after_mlp)
 
     def _query_key_value(
-        self, layer: _Layer, outputs: tuple[Tensor, ...]
+        self, layer: _Layer, outputs: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape = layer.shape
         if len(outputs) == 1:

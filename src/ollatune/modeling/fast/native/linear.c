@@ -76,6 +76,27 @@ static void pack_panel(int32_t *out, const Output *o, long column) {
     }
 }
 
+INLINE void decode_row(const uint8_t *row, bf16 *out, long columns, int type) {
+    for (long at = 0; at < columns; at += 32) _mm512_storeu_si512(out + at, decode32(type, row, at));
+}
+
+// Rows `ids` [n] of a weight in blocks to out [n, columns]; columns is a multiple of 32.
+void decode_rows(const uint8_t *w, long row_bytes, long type, const int64_t *ids, long n, bf16 *out, long columns,
+                 int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < n; i++) {
+        const uint8_t *row = w + ids[i] * row_bytes;
+        switch (type) {
+#define DECODE(TYPE)                                                                                                   \
+    case TYPE:                                                                                                         \
+        decode_row(row, out + i * columns, columns, TYPE);                                                             \
+        break;
+            DECODE(Q4_0) DECODE(Q4_1) DECODE(Q5_0) DECODE(Q5_1) DECODE(Q8_0) DECODE(Q4_K) DECODE(Q5_K) DECODE(Q6_K)
+#undef DECODE
+        }
+    }
+}
+
 static long panel_size(const Output *o) {
     long size = 0;
     for (long p = 0; p < o->parts; p++) size += o->part[p].K / 2 * PANEL;

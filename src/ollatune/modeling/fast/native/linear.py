@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from ollatune.base.errors import OutOfMemoryError
 from ollatune.gguf.types import GGMLType
-from ollatune.modeling.fast.native.kernels import ACTIVATIONS, kernel, row_stride, usable
+from ollatune.modeling.fast.native.kernels import (
+    ACTIVATIONS,
+    available,
+    kernel,
+    row_stride,
+    usable,
+)
 from ollatune.modeling.fast.native.lora import (
     MAX_LAYERS,
     MAX_RANK,
@@ -412,3 +418,24 @@ def product(inputs_TI: Tensor, layer: nn.Module, *, scratch: str | None = None) 
 def gradient_product(gradient_TO: Tensor, layer: nn.Module) -> Tensor | None:
     """The gradient of `product` with respect to its input [T, I]; None where the kernels do not take it."""
     return _single(gradient_TO, layer, transposed=False)
+
+
+def decoded_rows(
+    blocks: Tensor, ggml_type: GGMLType, columns: int, ids_N: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """Rows `ids_N` (int64) of a weight in blocks [rows, row_bytes], decoded [N, columns]; None where the kernels do not
+    take it. Raises IndexError for a row that is not there."""
+    on_cpu = blocks.device.type == ids_N.device.type == "cpu"
+    is_fit = ggml_type in DECODED and columns % _PANEL == 0 and blocks.stride(1) == 1
+    if not (on_cpu and is_fit and dtype is torch.bfloat16 and available()):
+        return None
+    ids = ids_N.contiguous()
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < blocks.shape[0]):
+        raise IndexError(f"Rows {int(ids.min())} to {int(ids.max())} of {blocks.shape[0]}.")
+    result = torch.empty(ids.numel(), columns, dtype=dtype)
+    kernel("decode_rows", None)(
+        _address(blocks.data_ptr()), _long(blocks.stride(0)), _long(ggml_type),
+        _address(ids.data_ptr()), _long(ids.numel()), _address(result.data_ptr()), _long(columns),
+        ctypes.c_int(torch.get_num_threads()),
+    )  # fmt: skip
+    return result
