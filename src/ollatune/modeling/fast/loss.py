@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ollatune.modeling.fast.native import kernels as native
 from ollatune.modeling.fast.native import linear as native_linear
+from ollatune.modeling.fast.workspace import LOGITS
 from ollatune.modeling.lora import frozen_backward, frozen_forward
 
 CHUNK_LOGITS = 16 << 20
@@ -114,7 +115,7 @@ class _HeadLoss(torch.autograd.Function):
 
 def _logits(head: nn.Module, hidden_nD: Tensor) -> Tensor:
     """Valid until the next chunk's."""
-    found = native_linear.product(hidden_nD, head, scratch="logits")
+    found = native_linear.product(hidden_nD, head, scratch=LOGITS)
     return frozen_forward(head, hidden_nD) if found is None else found
 
 

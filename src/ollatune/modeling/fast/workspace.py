@@ -21,6 +21,9 @@ from torch import Tensor
 _ALIGNMENT = 64
 _active = threading.local()
 
+LOGITS = GATE_UP_GRADIENTS = "logits, or gradients of gate and up"
+"""Names of the two largest intermediates, which no moment has both of: one place."""
+
 
 def kept_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory on the CPU for what is kept: of the workspace in use on this thread, if there is one."""

@@ -31,7 +31,13 @@ from ollatune.modeling.fast.native.lora import (
     Backward,
     LowRank,
 )
-from ollatune.modeling.fast.workspace import kept_bytes, kept_empty, maybe_scratch, scratch_empty
+from ollatune.modeling.fast.workspace import (
+    GATE_UP_GRADIENTS,
+    kept_bytes,
+    kept_empty,
+    maybe_scratch,
+    scratch_empty,
+)
 from ollatune.modeling.lora import (
     FrozenLinear,
     LoRALinear,
@@ -381,7 +387,7 @@ class Plan:
         the product again."""
         call, _summed_TF = self._bound_backward(activation, [gradient_TO], back)
         linear, (length, width) = call.linear, gate_TF.shape
-        both = scratch_empty("gradients of gate and up", (length, 2 * width), gate_TF.dtype)
+        both = scratch_empty(GATE_UP_GRADIENTS, (length, 2 * width), gate_TF.dtype)
         product_TF = scratch_empty("gated product", (length, width), gate_TF.dtype)
         stride = row_stride(gate_TF)
         assert stride == row_stride(up_TF)
