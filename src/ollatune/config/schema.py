@@ -288,6 +288,22 @@ class DataConfig(Section):
         gt=0,
         description="Source shares are weight × records^(1/temperature): above 1 evens them out.",
     )
+    num_workers: PositiveInt | None = Field(
+        None,
+        description="Processes that tokenise large data once, before training; by default one per core.",
+    )
+    prefetch_batches: int | None = Field(
+        None,
+        ge=0,
+        description=(
+            "Micro-batches made ahead by a thread while another is computed on; by default 2 on a GPU and 0 on a CPU, "
+            "whose cores are busy as it is. The results are the same."
+        ),
+    )
+    pin_memory: bool | None = Field(
+        None,
+        description="Micro-batches in page-locked memory, from which copies to a GPU overlap; by default on a GPU.",
+    )
     skip_bad: bool = Field(
         False,
         description="Set bad records aside in `rejected.jsonl` instead of stopping (at most 5 %).",

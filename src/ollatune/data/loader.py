@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -188,7 +188,10 @@ def evaluation_batches(
         yield loader.batch(np.arange(start, min(start + settings.batch_size, count)))
 
 
-def prefetched(batches: Iterator[Batch], num_ahead: int = 2) -> Iterator[Batch]:
+T = TypeVar("T")
+
+
+def prefetched(batches: Iterator[T], num_ahead: int = 2) -> Iterator[T]:
     """The same batches, made by a thread while the last one is being computed on. Errors come through."""
     if num_ahead < 1:
         yield from batches

@@ -72,6 +72,7 @@ def read_data(config: Config, base: OpenBase, *, show_progress: bool = True) -> 
             max_length=context_window(config, base),
             method=config.training.method,
             seed=config.training.seed,
+            num_workers=config.data.num_workers,
             progress=progress,
         )
 

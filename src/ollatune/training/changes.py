@@ -17,6 +17,7 @@ FREE_KEYS = (
     "validation.", "export.", "ollama.", "output.", "distributed.",
     "training.activation_checkpointing", "training.fast_path", "training.native_kernels",
     "training.torch_compile", "advanced.share_prefixes",
+    "data.num_workers", "data.prefetch_batches", "data.pin_memory",
 )  # fmt: skip
 WARN_KEYS = (
     "training.epochs", "training.max_steps", "training.learning_rate", "training.scheduler", "training.scheduler_power",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -27,6 +28,7 @@ from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.lora import lora_layers
 from ollatune.training.distributed import Processes
 from ollatune.training.divergence import handle_divergence, watch_spikes
+from ollatune.training.feed import RowFeed
 from ollatune.training.interrupts import StopRequest, stopped_before_training
 from ollatune.training.loss_scale import LossScale
 from ollatune.training.memory_faults import (
@@ -47,7 +49,6 @@ from ollatune.training.reports import (
     StepReport,
     ValidationLeftError,
 )
-from ollatune.training.rows import row_of
 from ollatune.training.schedule import Schedule
 from ollatune.training.sharing import Sharing
 from ollatune.training.spikes import SpikeWatch
@@ -74,6 +75,7 @@ class TrainingRun:
     total_steps: int
     phases: PhaseClock = field(default_factory=PhaseClock)
     stop_request: StopRequest = field(default_factory=StopRequest)
+    feed: RowFeed = field(init=False)
 
     @property
     def model(self) -> nn.Module:
@@ -92,7 +94,10 @@ class TrainingRun:
         self.model.train()
         steps = self.loader.steps(self.state.position)
         self.stop_request = StopRequest(speaks=self.processes.is_main)
-        with self.stop_request:
+        self.feed = RowFeed(
+            self.loader, share=self.shares_prefixes, settings=self.config.data, device=self.device
+        )
+        with self.stop_request, closing(self.feed):
             while True:
                 self._at_boundary()
                 if self._is_finished():
@@ -261,15 +266,15 @@ class TrainingRun:
         divisor = num_targets / self.loss_scale.value
         sums = MicroBatchSums(torch.zeros((), dtype=torch.float64, device=self.device))
         try:
-            batches = step.micro_batches(self.state.split)
+            rows = self.feed.rows(step, self.state.split)
             num_left = len(step.micro_batch_ids) * self.state.split
             while True:
                 started = time.perf_counter()
                 with self.phases.phase("data"):
-                    batch = next(batches, None)
-                    if batch is None:
+                    row = next(rows, None)
+                    if row is None:
                         break
-                    row = row_of(batch, share=self.shares_prefixes).to(self.device)
+                    row = row.to(self.device)
                 sums.data_seconds += time.perf_counter() - started
                 fault_point("train.micro_batch")
                 with self.phases.phase("forward"):

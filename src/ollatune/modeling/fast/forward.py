@@ -7,7 +7,7 @@ A row is T tokens of one or more examples end to end, each without its last toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -44,12 +44,20 @@ class PackedRow:
         return int(self.target_ids_N.shape[0])
 
     def to(self, device: torch.device) -> PackedRow:
+        """On another device; from page-locked memory the copy overlaps with what is computed."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin_memory(self) -> PackedRow:
+        """In page-locked memory."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> PackedRow:
         return PackedRow(
-            self.input_ids_T.to(device),
-            self.position_ids_T.to(device),
+            change(self.input_ids_T),
+            change(self.position_ids_T),
             self.segments,
-            self.target_positions_N.to(device),
-            self.target_ids_N.to(device),
+            change(self.target_positions_N),
+            change(self.target_ids_N),
             self.num_tokens_unshared,
         )
 
