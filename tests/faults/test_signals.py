@@ -112,6 +112,20 @@ def test_during_preprocess(data: Path, tmp_path: Path, action: str, code: int) -
     assert run(command) == 0
 
 
+@BOTH
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_the_first_one_tells(
+    data: Path, tmp_path: Path, rank: str, action: str, code: int, capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A launcher ends the others with a signal when one has said what is wrong."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with inject(f"data.record:{action}@1"):
+        assert run(["preprocess", data / "train.jsonl", "--output", tmp_path / "out"]) == code
+    assert ("Stopped by" in capsys.readouterr().err) == (rank == "0")
+
+
 def test_one_that_is_swallowed_stops_the_loop_all_the_same(
     base: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -21,6 +21,11 @@ def is_one_of_several() -> bool:
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all that were started together. What a signal ends, it alone tells of."""
+    return not is_one_of_several() or os.environ["RANK"] == "0"
+
+
 @contextlib.contextmanager
 def first_process_speaks() -> Iterator[None]:
     """An error in the block, before the processes know of each other, is the first one's to tell.
@@ -30,7 +35,7 @@ def first_process_speaks() -> Iterator[None]:
     try:
         yield
     except OllatuneError:
-        if is_one_of_several() and os.environ["RANK"] != "0":
+        if not is_first_process():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without a word
             time.sleep(_PATIENCE_SECONDS)
         raise

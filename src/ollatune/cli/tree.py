@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from ollatune import __version__
-from ollatune.base.errors import OllatuneError
-from ollatune.base.leaving import leave
+from ollatune.base.errors import Interrupted, OllatuneError
+from ollatune.base.leaving import is_first_process, leave
 from ollatune.base.log import redact
 from ollatune.base.signals import StopSignal, handling, raise_stop
 from ollatune.cli.data import data, preprocess
@@ -92,11 +92,12 @@ def main(arguments: list[str] | None = None) -> int:
             code = app(_with_dashes(given), prog_name="ollatune", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except OllatuneError as error:
-        if not error.is_quiet:
+        if not error.is_quiet and (is_first_process() or not isinstance(error, Interrupted)):
             print(f"error: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except StopSignal as stop:
-        print(f"error: {stop.message}", file=sys.stderr)
+        if is_first_process():
+            print(f"error: {stop.message}", file=sys.stderr)
         return stop.exit_code
     except BrokenPipeError:
         sys.stderr.close()
