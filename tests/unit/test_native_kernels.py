@@ -24,7 +24,7 @@ from ollatune.modeling.fast.forward import CausalStep
 from ollatune.modeling.fast.linear_group import LinearGroup, gated
 from ollatune.modeling.fast.loss import HeadSettings, _chunk_loss
 from ollatune.modeling.fast.native import build, kernels
-from ollatune.modeling.fast.native import linear as native_linear
+from ollatune.modeling.fast.native import products as native_products
 from ollatune.modeling.fast.packed_attention import AttentionShape, tree_attention
 from ollatune.modeling.fast.segments import Segment, SegmentTable
 from ollatune.modeling.load import load_base_model
@@ -342,10 +342,10 @@ def test_any_bits_decode_as_the_codecs_decode_them(name: str) -> None:
         by_block[:, at : at + 2] = scale[:, None].view(np.uint8)
     layer = PackedLinear(torch.from_numpy(blocks), type, size, 64)
     wanted = layer.dequantized(torch.bfloat16)
-    found = native_linear.product(torch.eye(size, dtype=torch.bfloat16), layer)
+    found = native_products.product(torch.eye(size, dtype=torch.bfloat16), layer)
     assert found is not None
     assert torch.equal(found.T, wanted)
-    found = native_linear.gradient_product(torch.eye(64, dtype=torch.bfloat16), layer)
+    found = native_products.gradient_product(torch.eye(64, dtype=torch.bfloat16), layer)
     assert found is not None
     assert torch.equal(found, wanted)
     ids = torch.tensor([[63, 0], [5, 63]])

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from ollatune.base.errors import InputError
 from ollatune.gguf.codecs import DECODABLE, dequantize
 from ollatune.gguf.types import GGMLType
-from ollatune.modeling.fast.native import linear as native_linear
+from ollatune.modeling.fast.native import products as native_products
 
 # Weights decoded at once. On a CPU their float32 still lies in the last-level cache when the product reads it.
 _CPU_PIECE_WEIGHTS = 4 << 20
@@ -175,7 +175,7 @@ class PackedLinear(nn.Module):
 
         The compiled kernels do it where they can, here and on the way back: they decode what they are about to read.
         """
-        if (found := native_linear.product(inputs_TI, self)) is not None:
+        if (found := native_products.product(inputs_TI, self)) is not None:
             return found
         outputs_TO = inputs_TI.new_empty(inputs_TI.shape[0], self.out_features)
         step = max(1, _piece_weights(self.blocks.device) // self.in_features)
@@ -198,7 +198,7 @@ class PackedLinear(nn.Module):
     @torch.no_grad()
     def matmul_backward(self, gradient_TO: Tensor) -> Tensor:
         """The gradient of `matmul_forward` with respect to its inputs, [T, I]. Decodes some columns at a time."""
-        if (found := native_linear.gradient_product(gradient_TO, self)) is not None:
+        if (found := native_products.gradient_product(gradient_TO, self)) is not None:
             return found
         kept = _Kept.of_this_backward()
         whole = None if kept is None else kept.take(self, gradient_TO.dtype)
@@ -259,7 +259,7 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         ids = token_ids.reshape(-1)
-        embedded = native_linear.decoded_rows(
+        embedded = native_products.decoded_rows(
             self.blocks, self.ggml_type, self.embedding_dim, ids, self.dtype
         )
         if embedded is None:

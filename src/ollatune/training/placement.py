@@ -15,7 +15,7 @@ from ollatune.config.schema import Config
 from ollatune.gguf.inspect import file_type_name
 from ollatune.gguf.reader import GGUFFile
 from ollatune.modeling.fast.native import kernels
-from ollatune.modeling.fast.native.linear import DECODED, sizes_fit
+from ollatune.modeling.fast.native.weights import DECODED, sizes_fit
 from ollatune.modeling.load import Mode
 from ollatune.modeling.memory import DTYPE_BYTES
 from ollatune.modeling.nf4 import require_bitsandbytes

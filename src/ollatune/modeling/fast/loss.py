@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ollatune.modeling.fast.native import kernels as native
-from ollatune.modeling.fast.native import linear as native_linear
+from ollatune.modeling.fast.native import products as native_products
 from ollatune.modeling.fast.workspace import LOGITS
 from ollatune.modeling.lora import frozen_backward, frozen_forward
 
@@ -94,7 +94,7 @@ class _HeadLoss(torch.autograd.Function):
             if gradient_nV is None:
                 continue
             if gradient_ND is not None:
-                found_nD = native_linear.gradient_product(gradient_nV, head)
+                found_nD = native_products.gradient_product(gradient_nV, head)
                 gradient_ND[part] = (
                     frozen_backward(head, gradient_nV) if found_nD is None else found_nD
                 )
@@ -115,7 +115,7 @@ class _HeadLoss(torch.autograd.Function):
 
 def _logits(head: nn.Module, hidden_nD: Tensor) -> Tensor:
     """Valid until the next chunk's."""
-    found = native_linear.product(hidden_nD, head, scratch=LOGITS)
+    found = native_products.product(hidden_nD, head, scratch=LOGITS)
     return frozen_forward(head, hidden_nD) if found is None else found
 
 

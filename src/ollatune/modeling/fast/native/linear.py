@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ollatune.base.errors import OutOfMemoryError
-from ollatune.gguf.types import GGMLType
 from ollatune.modeling.fast.native.kernels import (
     ACTIVATIONS,
-    available,
     kernel,
     row_stride,
     usable,
 )
 from ollatune.modeling.fast.native.lora import (
     MAX_LAYERS,
-    MAX_RANK,
     Adapters,
     AdaptersStruct,
     Backward,
     LowRank,
 )
+from ollatune.modeling.fast.native.weights import BF16_BYTES, Weight, layer_fits, weight_of
 from ollatune.modeling.fast.workspace import (
     GATE_UP_GRADIENTS,
     kept_bytes,
@@ -39,7 +36,6 @@ from ollatune.modeling.fast.workspace import (
     scratch_empty,
 )
 from ollatune.modeling.lora import (
-    FrozenLinear,
     LoRALinear,
     frozen_backward,
     frozen_base,
@@ -47,15 +43,10 @@ from ollatune.modeling.lora import (
 )
 
 if TYPE_CHECKING:
-    from ollatune.modeling.packed import PackedLinear
+    pass
 
-_PANEL, _MAX_PARTS = 32, 4
+_MAX_PARTS = 4
 _PLAIN, _ACTIVATE, _DERIVE = 0, 1, 2
-_BF16_BYTES = 2
-DECODED = frozenset(
-    GGMLType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-)
-"""Block types that `blocks.h` decodes."""
 _INT32_BYTES = 4
 
 _long, _address = ctypes.c_long, ctypes.c_void_p
@@ -92,64 +83,13 @@ class _Linear(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A frozen layer's weight as the kernels read it: `rows` of `columns`, `row_bytes` apart, of a ggml type."""
-
-    address: int
-    rows: int
-    columns: int
-    row_bytes: int
-    type: int
-    bias: int | None
-
-
-def sizes_fit(rows: int, columns: int) -> bool:
-    """Whether the kernels take a weight of these sizes."""
-    return rows % _PANEL == columns % _PANEL == 0
-
-
-def _weight(layer: nn.Module) -> _Weight | None:
-    """The weight of the frozen layer below, if it can be read as it lies."""
-    base = frozen_base(layer)
-    if isinstance(base, nn.Linear):
-        stored: Tensor = base.weight
-        if stored.dtype is not torch.bfloat16 or stored.stride(1) != 1:
-            return None
-        row_bytes, ggml_type = stored.stride(0) * _BF16_BYTES, GGMLType.BF16
-    elif getattr(base, "ggml_type", None) in DECODED:
-        packed = cast("PackedLinear", base)
-        stored, ggml_type = packed.blocks, packed.ggml_type
-        row_bytes = stored.stride(0)
-    else:
-        return None
-    sizes = cast(FrozenLinear, base)
-    bias: Tensor | None = getattr(base, "bias", None)
-    if bias is not None and bias.dtype is not torch.bfloat16:
-        return None
-    if stored.device.type != "cpu" or not sizes_fit(sizes.out_features, sizes.in_features):
-        return None
-    return _Weight(
-        stored.data_ptr(), sizes.out_features, sizes.in_features, row_bytes, ggml_type,
-        None if bias is None else bias.data_ptr(),
-    )  # fmt: skip
-
-
-def _fits(layer: nn.Module) -> bool:
-    if isinstance(layer, LoRALinear):
-        adapter_fits = layer.lora_A.dtype is layer.lora_B.dtype is torch.float32
-        fits = sizes_fit(layer.out_features, layer.in_features)
-        return fits and layer.rank <= MAX_RANK and adapter_fits
-    return _weight(layer) is not None
-
-
-def _run(linear: _Linear, num_positions: int) -> None:
+def run(linear: _Linear, num_positions: int) -> None:
     linear.T, linear.threads = num_positions, torch.get_num_threads()
     if kernel("linear")(ctypes.byref(linear)):
         raise OutOfMemoryError("Out of memory in a linear layer.")
 
 
-class _Call:
+class Call:
     """A `Linear` of the C source with its parts at hand: reaching them through ctypes costs more than filling them."""
 
     def __init__(self, num_outputs: int, then: int = _PLAIN, activation: str = "silu") -> None:
@@ -159,7 +99,7 @@ class _Call:
             [output.part[index] for index in range(_MAX_PARTS)] for output in self.outputs
         ]
 
-    def add_weight(self, output: int, weight: _Weight, *, transposed: bool, first: int = 0) -> None:
+    def add_weight(self, output: int, weight: Weight, *, transposed: bool, first: int = 0) -> None:
         """`weight`, from the row `first` on, is multiplied with a part of this output."""
         target = self.outputs[output]
         part = self.parts[output][target.parts]
@@ -168,7 +108,7 @@ class _Call:
         part.w_stride, part.w_type, part.transposed = weight.row_bytes, weight.type, transposed
         part.x_stride = part.K = weight.columns if transposed else weight.rows
         if transposed and weight.bias is not None:
-            target.bias = weight.bias + first * _BF16_BYTES
+            target.bias = weight.bias + first * BF16_BYTES
 
     def add_low_rank(self, output: int, adapters: Adapters, pairs: int, stride: int) -> None:
         target = self.outputs[output]
@@ -215,23 +155,23 @@ class Plan:
 
     def _describe(self) -> None:
         layers = self._layers
-        self._is_fit = len(layers) <= MAX_LAYERS and all(_fits(layer) for layer in layers)
+        self._is_fit = len(layers) <= MAX_LAYERS and all(layer_fits(layer) for layer in layers)
         if not self._is_fit:
             return
-        self._weights = [_weight(layer) for layer in layers]
+        self._weights = [weight_of(layer) for layer in layers]
         self._all_read = all(weight is not None for weight in self._weights)
         self._sizes = [int(getattr(frozen_base(layer), "out_features")) for layer in layers]  # noqa: B009
         self._width = int(getattr(frozen_base(layers[0]), "in_features"))  # noqa: B009 - of any kind
         adapted = any(isinstance(layer, LoRALinear) for layer in layers)
         self.adapters = Adapters(layers) if adapted else None
-        self._forward: dict[str | None, _Call] = {}
-        self._backward: dict[str | None, _Call] = {}
+        self._forward: dict[str | None, Call] = {}
+        self._backward: dict[str | None, Call] = {}
 
-    def _forward_call(self, activation: str | None) -> _Call:
+    def _forward_call(self, activation: str | None) -> Call:
         """Outputs, in halves where one layer has gate and up, with weights, biases and adapters."""
         halves = 2 if activation is not None and len(self._layers) == 1 else 1
         then = _PLAIN if activation is None else _ACTIVATE
-        call = _Call(len(self._layers) * halves, then, activation or "silu")
+        call = Call(len(self._layers) * halves, then, activation or "silu")
         for index, weight in enumerate(self._weights):
             width = self._sizes[index] // halves
             for half in range(halves):
@@ -283,9 +223,9 @@ class Plan:
                 up = self.adapters.up[layer]
                 if up is not None:
                     first = index % halves * output.N
-                    output.low = low.values_TR.data_ptr() + up[0] * _BF16_BYTES
+                    output.low = low.values_TR.data_ptr() + up[0] * BF16_BYTES
                     output.up = low.packs.data_ptr() + (up[2] + first) * _INT32_BYTES
-            at += output.N * _BF16_BYTES
+            at += output.N * BF16_BYTES
         if self._weights[0] is not None:
             self._set_residual(call.outputs[0], residual_TO)
         elif residual_TO is not None:
@@ -296,7 +236,7 @@ class Plan:
             product_TF = scratch_empty("gated product", shape, inputs.dtype)
             call.linear.product = product_TF.data_ptr()
         # Dropout falls on the adapters' input, which the low-rank values have seen already.
-        _run(call.linear, inputs.shape[0])
+        run(call.linear, inputs.shape[0])
         return Forward(outputs_TO, product_TF, low)
 
     def kept_bytes(self, num_positions: int) -> int:
@@ -322,8 +262,8 @@ class Plan:
             return None
         return self.adapters.backward(low, gradients_TO)
 
-    def _backward_call(self, activation: str | None) -> _Call:
-        call = _Call(1, _PLAIN if activation is None else _DERIVE, activation or "silu")
+    def _backward_call(self, activation: str | None) -> Call:
+        call = Call(1, _PLAIN if activation is None else _DERIVE, activation or "silu")
         output = call.outputs[0]
         output.N = output.y_stride = self._width
         for weight in self._weights if self._all_read else ():
@@ -336,7 +276,7 @@ class Plan:
 
     def _bound_backward(
         self, activation: str | None, gradients_TO: Sequence[Tensor], back: Backward | None
-    ) -> tuple[_Call, Tensor | None]:
+    ) -> tuple[Call, Tensor | None]:
         """The call for Σ W y + drop(A d_low); where some weight cannot be read as it lies, Σ W y, to which it adds."""
         call = self._backward.get(activation)
         if call is None:
@@ -372,7 +312,7 @@ class Plan:
         elif back is None:
             return result_TI
         call.outputs[0].y = result_TI.data_ptr()
-        _run(call.linear, result_TI.shape[0])
+        run(call.linear, result_TI.shape[0])
         return result_TI
 
     def gated_input_gradient(
@@ -393,55 +333,7 @@ class Plan:
         assert stride == row_stride(up_TF)
         linear.gate, linear.up, linear.gate_stride = gate_TF.data_ptr(), up_TF.data_ptr(), stride
         linear.d_gate, linear.d_stride = both.data_ptr(), 2 * width
-        linear.d_up = both.data_ptr() + width * _BF16_BYTES
+        linear.d_up = both.data_ptr() + width * BF16_BYTES
         linear.product = product_TF.data_ptr()
-        _run(linear, length)
+        run(linear, length)
         return both[:, :width], both[:, width:], product_TF
-
-
-def _single(
-    source_TK: Tensor, layer: nn.Module, *, transposed: bool, scratch: str | None = None
-) -> Tensor | None:
-    weight = _weight(layer) if usable(source_TK) else None
-    if weight is None:
-        return None
-    source, call = source_TK.contiguous(), _Call(1)
-    call.add_weight(0, weight, transposed=transposed)
-    width = weight.rows if transposed else weight.columns
-    result = maybe_scratch(scratch, (source.shape[0], width), source.dtype)
-    output = call.outputs[0]
-    output.y, output.N, output.y_stride = result.data_ptr(), width, width
-    call.parts[0][0].x = source.data_ptr()
-    _run(call.linear, source.shape[0])
-    return result
-
-
-def product(inputs_TI: Tensor, layer: nn.Module, *, scratch: str | None = None) -> Tensor | None:
-    """W x + b of one frozen layer [T, O]; None where the kernels do not take it. `scratch`: see `scratch_empty`."""
-    return _single(inputs_TI, layer, transposed=True, scratch=scratch)
-
-
-def gradient_product(gradient_TO: Tensor, layer: nn.Module) -> Tensor | None:
-    """The gradient of `product` with respect to its input [T, I]; None where the kernels do not take it."""
-    return _single(gradient_TO, layer, transposed=False)
-
-
-def decoded_rows(
-    blocks: Tensor, ggml_type: GGMLType, columns: int, ids_N: Tensor, dtype: torch.dtype
-) -> Tensor | None:
-    """Rows `ids_N` (int64) of a weight in blocks [rows, row_bytes], decoded [N, columns]; None where the kernels do not
-    take it. Raises IndexError for a row that is not there."""
-    on_cpu = blocks.device.type == ids_N.device.type == "cpu"
-    is_fit = ggml_type in DECODED and columns % _PANEL == 0 and blocks.stride(1) == 1
-    if not (on_cpu and is_fit and dtype is torch.bfloat16 and available()):
-        return None
-    ids = ids_N.contiguous()
-    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < blocks.shape[0]):
-        raise IndexError(f"Rows {int(ids.min())} to {int(ids.max())} of {blocks.shape[0]}.")
-    result = torch.empty(ids.numel(), columns, dtype=dtype)
-    kernel("decode_rows", None)(
-        _address(blocks.data_ptr()), _long(blocks.stride(0)), _long(ggml_type),
-        _address(ids.data_ptr()), _long(ids.numel()), _address(result.data_ptr()), _long(columns),
-        ctypes.c_int(torch.get_num_threads()),
-    )  # fmt: skip
-    return result
