@@ -86,6 +86,15 @@ def test_outside_of_a_pass_and_beyond_its_size_memory_comes_from_torch() -> None
     assert len({place(t) for t in (inside, beyond, outside, found[0])}) == 4
 
 
+def test_no_memory_is_a_memory_error() -> None:
+    """Which the loop answers with smaller micro-batches; an OSError would be about a disk."""
+    workspace = Workspace()
+    with pytest.raises(MemoryError, match="for activations"), workspace.lend(1 << 62):
+        pass
+    with workspace.lend(64):
+        assert kept_empty((8,), bf16).shape == (8,)
+
+
 def test_scratch_is_by_name() -> None:
     first, other = scratch_empty("first", (4, 8), bf16), scratch_empty("other", (4, 8), bf16)
     assert place(first) != place(other)

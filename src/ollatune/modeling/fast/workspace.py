@@ -102,11 +102,18 @@ class Workspace:
 
 
 def _reserve(num_bytes: int) -> mmap.mmap:
-    """At least `num_bytes`, with room for somewhat longer rows, in huge pages where there are any."""
+    """At least `num_bytes`, with room for somewhat longer rows, in huge pages where there are any.
+
+    Raises MemoryError.
+    """
     size = max(mmap.PAGESIZE, num_bytes + num_bytes // 4)
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return mmap.mmap(-1, size)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )
+    try:
+        memory = mmap.mmap(-1, size, **private)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes for activations: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
