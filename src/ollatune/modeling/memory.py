@@ -215,10 +215,10 @@ def estimate_memory(
         gaps = int(_NATIVE_GAPS_SHARE * activations) + _NATIVE_GAPS_BYTES
         if config.distillation.teacher is None:  # one chunk in bf16, which becomes its gradient
             logits = DTYPE_BYTES[dtype] * _chunk(sizes, rows.targets)
-    elif config.training.activation_checkpointing:
-        gaps += int(_RECOMPUTED_GAPS_SHARE * max(0, saved))
     elif is_fused and mode == "dense":
         gaps += int(_JOINED_SHARE * sizes.linear * DTYPE_BYTES[dtype])
+    if not is_native:
+        gaps += int(_RECOMPUTED_GAPS_SHARE * max(0, saved))
     parts = {
         "runtime": _RUNTIME_BYTES,
         "weights": weights + decoding,
