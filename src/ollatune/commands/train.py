@@ -12,7 +12,11 @@ from ollatune.base.errors import InputError, UsageError
 from ollatune.base.files import refuse_unwritable
 from ollatune.base.folders import expanded
 from ollatune.base.imports import first_import_of
-from ollatune.base.leaving import first_process_speaks, is_one_of_several
+from ollatune.base.leaving import (
+    first_process_speaks,
+    is_first_process,
+    is_one_of_several,
+)
 from ollatune.config.load import ParsedYaml, load_config
 from ollatune.config.schema import Config, OutputConfig
 
@@ -178,7 +182,7 @@ def check_inputs(config: Config) -> None:
 
 def _check_folders(config: Config, *, starts: bool) -> None:
     """See that the run can write where it has to; where it starts now, that no other one does."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return  # of several processes only the first one writes
     for folder in (config.output.folder, checkpoint_folder(config), config.output.logs):
         refuse_unwritable(folder)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,27 +39,6 @@ class Batch:
     @property
     def num_examples(self) -> int:
         return len(self.sample_ids)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The batch on another device."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from which copies to a GPU can overlap with computation."""
-        return self._mapped(lambda tensor: tensor.pin_memory())
-
-    def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        def maybe(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        return replace(
-            self,
-            input_ids_BT=change(self.input_ids_BT),
-            target_ids_BT=change(self.target_ids_BT),
-            position_ids_BT=change(self.position_ids_BT),
-            attention_mask_BT=maybe(self.attention_mask_BT),
-            cu_seqlens_N=maybe(self.cu_seqlens_N),
-        )
 
 
 def _aligned_targets(example: Example) -> np.ndarray:

@@ -68,10 +68,3 @@ INLINE void transpose_registers(__m512i r[16]) {
         r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
     }
 }
-
-INLINE void transpose16(int32_t *out, long out_stride, const int32_t *in, long stride) {
-    __m512i r[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * stride);
-    transpose_registers(r);
-    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * out_stride, r[i]);
-}
